@@ -1,0 +1,7060 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: BSD-2-Clause
+"""sockd: a SOCKS 4, 4A and 5 server that runs Dante's sockd.conf.
+
+(The full header is written at the end; this stands in while the parts are built.)
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import dataclasses
+import enum
+import errno
+import fcntl
+import functools
+import gc
+import getopt
+import grp
+import hmac
+import pwd
+import os
+import re
+import resource
+import select
+import selectors
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, Sequence, TypeVar
+
+__version__ = "1.0.0"
+
+T = TypeVar("T")
+# ============================== 1. Terms ==============================
+# Every number and word of the protocols and of sockd.conf, the limits with their
+# origins, and the errors.  Words of the configuration language are plain strings,
+# spelled as in the file, so that a rule, a log line and a test read alike.
+
+SOCKS4, SOCKS5 = 4, 5
+SOCKS4_REPLY_VERSION = 0  # "VN is the version of the reply code and should be 0" (SOCKS 4)
+PASSWORD_VERSION = 1  # RFC 1929 section 2
+
+COMMANDS = ("connect", "bind", "udpassociate", "bindreply", "udpreply")
+COMMAND_OF_BYTE = {1: "connect", 2: "bind", 3: "udpassociate"}  # RFC 1928 section 4
+REPLY_COMMANDS = frozenset({"bindreply", "udpreply"})
+UDP_COMMANDS = frozenset({"udpassociate", "udpreply"})
+TCP_COMMANDS = frozenset({"connect", "bind", "bindreply"})
+
+METHODS = (
+    "none", "gssapi", "username", "rfc931",
+    "pam.any", "pam.address", "pam.username", "bsdauth", "ldapauth",
+)  # fmt: skip
+METHOD_OF_BYTE = {0: "none", 1: "gssapi", 2: "username"}  # RFC 1928 section 3
+NO_ACCEPTABLE_METHOD = 0xFF
+# What can be asked of a client before it has said a word (sockd.conf(5), clientmethod).
+CLIENT_METHODS = frozenset({"none", "rfc931", "pam.address", "pam.any"})
+# These tell who the client is; the others only that it may pass.
+NAMING_METHODS = frozenset({"username", "rfc931", "pam.username", "pam.address", "gssapi", "bsdauth", "ldapauth"})
+
+PROXY_PROTOCOLS = ("socks_v4", "socks_v5", "http", "upnp")
+LOG_EVENTS = ("connect", "disconnect", "data", "error", "ioop", "tcpinfo")
+
+ATYP_IPV4, ATYP_NAME, ATYP_IPV6 = 1, 3, 4  # RFC 1928 section 5
+
+
+class Reply(enum.IntEnum):
+    """The REP field (RFC 1928 section 6)."""
+
+    SUCCEEDED = 0
+    FAILURE = 1
+    NOT_ALLOWED = 2
+    NETWORK_UNREACHABLE = 3
+    HOST_UNREACHABLE = 4
+    CONNECTION_REFUSED = 5
+    TTL_EXPIRED = 6
+    COMMAND_NOT_SUPPORTED = 7
+    ADDRESS_TYPE_NOT_SUPPORTED = 8
+
+
+class Reply4(enum.IntEnum):
+    """The CD field of a SOCKS 4 reply."""
+
+    GRANTED = 90
+    REJECTED = 91
+    NO_IDENT = 92  # the server cannot connect to the client's identd
+    WRONG_IDENT = 93  # client and identd report different user ids
+
+
+class SockdError(Exception):
+    """Base of every error that sockd raises on purpose."""
+
+
+class ConfigError(SockdError):
+    """The configuration cannot be used; the text says where, what and how to mend it."""
+
+
+class ProtocolError(SockdError):
+    """The peer broke its protocol; `reply` is the SOCKS reply it is owed, or None for silence."""
+
+    def __init__(self, text: str, reply: Reply | None = None) -> None:
+        super().__init__(text)
+        self.reply = reply
+
+
+class Refused(SockdError):
+    """Policy or circumstance forbids a request; `reply` is what the client is told."""
+
+    def __init__(self, text: str, reply: Reply = Reply.NOT_ALLOWED) -> None:
+        super().__init__(text)
+        self.reply = reply
+
+
+class DeadlinePassed(SockdError):
+    """A wait took longer than the configuration allows."""
+
+
+class PeerGone(SockdError):
+    """The peer closed its connection in the middle of a message."""
+
+
+# ============================== 2. Records ==============================
+# Immutable facts that the rest of the program passes round.  `str()` of a record is
+# its spelling in Dante's log lines.
+
+
+class Endpoint(NamedTuple):
+    """An address and port; `family` is 4 or 6, or 0 when `host` is a name still unresolved.
+
+    `host` is the canonical text of the address (socket.inet_ntop), with `%scope` where an
+    IPv6 link-local address needs one.
+    """
+
+    host: str
+    port: int
+    family: int = 4
+
+    def __str__(self) -> str:
+        # As Dante: a dot stands before the port, also behind an IPv6 address.
+        return f"{self.host}.{self.port}"
+
+
+UNSPECIFIED = Endpoint("0.0.0.0", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in a configuration file; line and column count from 1."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """One thing that the parser or the checks have to say about a configuration."""
+
+    level: str  # "error", "warning" or "notice"
+    text: str  # what is wrong and what was expected
+    position: Position | None = None  # None: it is about the file as a whole
+    line_text: str = ""  # the line of the file, for the caret below it
+    length: int = 1  # how many characters the caret underlines
+    hint: str = ""  # the fix, e.g. 'did you mean "external"?'
+
+
+@dataclass(frozen=True, slots=True)
+class PortTest:
+    """The `port` clause of an address: an operator and its number or inclusive range."""
+
+    operator: str = "any"  # any eq ne ge le gt lt range
+    low: int = 0
+    high: int = 65535
+
+    def __str__(self) -> str:
+        if self.operator == "any":
+            return ""
+        return f" port {self.low}-{self.high}" if self.operator == "range" else f" port {self.operator} {self.low}"
+
+
+@dataclass(frozen=True, slots=True)
+class RuleAddress:
+    """An address pattern of a rule, route or monitor.
+
+    kind: "any" (0/0: every address of both families and every name), "ipv4", "ipv6",
+    "host" (a host name), "domain" (text without its leading dot; "" for the lone dot, which
+    matches every name) or "interface".  For ipv4 and ipv6, `network` is the address as an
+    integer with the host bits cleared and `prefix` the length of the mask.
+    """
+
+    kind: str
+    text: str
+    network: int = 0
+    prefix: int = 0
+    port: PortTest = PortTest()
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """All in seconds; 0 means never (sockd.conf(5), timeout.*)."""
+
+    negotiate: int = 30
+    connect: int = 30
+    io_tcp: int = 0
+    io_udp: int = 86400  # As Dante: what the program does; its manual says 0.
+    tcp_fin_wait: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SocketOption:
+    """One `internal.LEVEL.NAME: VALUE` line, as the kernel wants it.
+
+    `level` and `number` are setsockopt(2)'s; `value` is the final integer (for a sub-field of
+    ip_tos already shifted, with `mask` the bits that it replaces; mask 0 replaces the whole value).
+    """
+
+    side: str  # "internal" or "external"
+    level_name: str  # ip socket tcp udp
+    name: str  # so_keepalive, ip_tos.dscp, or a number as text
+    level: int
+    number: int
+    value: int
+    mask: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorLog:
+    """`internal.log.LEVEL.error: SYMBOLS`, or `.tcp.enabled` / `.tcp.disabled` in `event`."""
+
+    side: str
+    level: str  # emerg alert crit err warning notice info debug
+    event: str  # "error", "tcp.enabled" or "tcp.disabled"
+    symbols: tuple[str, ...]  # upper-case errno and EAI names, or no-route dns-any system-any; or tcp words
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """`session.*` of one rule; None where not set.  Throttles are (clients, seconds)."""
+
+    max: int | None = None
+    throttle: tuple[int, int] | None = None
+    state_key: tuple[str, ...] = ()  # "from", "hostid"
+    state_max: int | None = None
+    state_throttle: tuple[int, int] | None = None
+    inheritable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """`redirect from:` / `redirect to:` of a rule or route."""
+
+    source: RuleAddress | None = None
+    target: RuleAddress | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gssapi:
+    """`gssapi.*` and `clientcompatibility` of a rule or route."""
+
+    servicename: str = "rcmd"
+    keytab: str = "FILE:/etc/sockd.keytab"
+    enctypes: tuple[str, ...] = ()
+    nec: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One client-, hostid- or socks-rule with everything that its defaults fill in.
+
+    `commands`, `protocols`, `proxyprotocols`, `clientmethods` and `socksmethods` are final: what
+    the file left out has been copied from the globals or derived, as Dante does at load.
+    """
+
+    kind: str  # "client", "hostid" or "socks"
+    number: int  # from 1 in each kind, in the order of the file; 0: the built-in final block
+    verdict: str  # "pass" or "block"
+    source: RuleAddress
+    target: RuleAddress
+    position: Position | None = None
+    commands: frozenset[str] = frozenset()
+    protocols: frozenset[str] = frozenset({"tcp"})
+    proxyprotocols: frozenset[str] = frozenset({"socks_v4", "socks_v5"})
+    clientmethods: tuple[str, ...] = ("none",)
+    socksmethods: tuple[str, ...] = ()
+    users: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    log: frozenset[str] = frozenset()
+    timeouts: Timeouts = Timeouts()
+    pam_servicename: str = "sockd"
+    bsdauth_stylename: str = ""
+    udp_portrange: tuple[int, int] | None = None
+    session: SessionLimits = SessionLimits()
+    bandwidth: int | None = None
+    redirect: Redirect | None = None
+    libwrap: str | None = None
+    hostindex: int = 0
+    gssapi: Gssapi = Gssapi()
+    socket_options: tuple[SocketOption, ...] = ()  # the global ones first, then the rule's own
+    error_logs: tuple[ErrorLog, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One `route` object.  `via` is "direct" or a proxy; `via_endpoint` is None for direct."""
+
+    number: int
+    source: RuleAddress
+    target: RuleAddress
+    via: str
+    via_endpoint: Endpoint | None = None
+    position: Position | None = None
+    commands: frozenset[str] = frozenset({"connect"})
+    protocols: frozenset[str] = frozenset({"tcp"})
+    proxyprotocols: tuple[str, ...] = ("socks_v4", "socks_v5")
+    methods: tuple[str, ...] = ("none",)
+    redirect: Redirect | None = None
+    gssapi: Gssapi = Gssapi()
+    extension_bind: bool = False
+    socket_options: tuple[SocketOption, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """One alarm of a monitor: `kind` "data", "disconnect" or "mtu-error"."""
+
+    kind: str
+    sides: tuple[str, ...]  # ("internal", "external") when written without a side
+    directions: tuple[str, ...] = ()  # ("recv", "send") for data
+    limit: int = 0  # bytes, or disconnects
+    sessions: int = 0  # disconnect only: the N of COUNT/N
+    seconds: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Monitor:
+    """One `monitor` object."""
+
+    number: int
+    source: RuleAddress
+    target: RuleAddress
+    position: Position | None = None
+    commands: frozenset[str] = frozenset(COMMANDS)
+    protocols: frozenset[str] = frozenset({"tcp", "udp"})
+    alarms: tuple[Alarm, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class External:
+    """One outgoing address: an IP address (`endpoint`, port 0) or an interface kept by name."""
+
+    text: str
+    endpoint: Endpoint | None = None  # None: an interface, resolved again whenever it is used
+    position: Position | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole sockd.conf, checked; nothing in it changes after parsing."""
+
+    file: str
+    internal: tuple[Endpoint, ...] = ()  # every address to listen on; port 0 takes a free one
+    external: tuple[External, ...] = ()
+    internal_protocols: frozenset[str] = frozenset({"ipv4", "ipv6"})
+    external_protocols: frozenset[str] = frozenset({"ipv4", "ipv6"})
+    external_rotation: str = "none"
+    clientmethods: tuple[str, ...] = ()
+    socksmethods: tuple[str, ...] = ()
+    user_privileged: str = ""  # "" where the file says nothing
+    user_unprivileged: str = ""
+    user_libwrap: str = ""
+    logoutput: tuple[str, ...] = ()  # "stdout", "stderr", "syslog", "syslog/FACILITY" or a file
+    errorlog: tuple[str, ...] = ()
+    debug: int = 0
+    timeouts: Timeouts = Timeouts()
+    udp_connectdst: bool = True
+    compatibility: frozenset[str] = frozenset()  # "sameport", "draft-5.05"
+    extension: frozenset[str] = frozenset()  # "bind"
+    srchost: frozenset[str] = frozenset()
+    resolveprotocol: str = "udp"
+    route_maxfail: int = 1
+    route_badexpire: int = 300
+    libwrap_hosts_access: bool = False
+    libwrap_allow: str = ""
+    libwrap_deny: str = ""
+    child_maxrequests: int = 0
+    child_maxlifetime: int = 0
+    cpu_schedules: tuple[tuple[str, str, int], ...] = ()  # (process, policy, priority)
+    cpu_masks: tuple[tuple[str, tuple[int, ...]], ...] = ()  # (process, CPUs); () means any
+    socket_options: tuple[SocketOption, ...] = ()
+    error_logs: tuple[ErrorLog, ...] = ()
+    passwordfile: str = ""  # ours: sockd's own accounts for method username
+    chroot: str = ""  # ours: the workers' root directory
+    client_rules: tuple[Rule, ...] = ()
+    hostid_rules: tuple[Rule, ...] = ()
+    socks_rules: tuple[Rule, ...] = ()
+    routes: tuple[Route, ...] = ()
+    monitors: tuple[Monitor, ...] = ()
+    uses: tuple[tuple[str, Position], ...] = ()  # each keyword (canonical name) and where it stands
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a client is, as far as it has shown.
+
+    `clientmethod` is what admitted it at the client-rule, `method` what it negotiated
+    ("none" or "username": on the wire there is no difference between the password methods).
+    """
+
+    clientmethod: str = "none"
+    method: str = "none"
+    user: str = ""
+
+
+class Request(NamedTuple):
+    """A decoded SOCKS request; `version` is 4 or 5, or 1 for HTTP CONNECT."""
+
+    version: int
+    command: str
+    target: Endpoint
+    user: str = ""  # SOCKS 4's USERID: never a proof of anything
+    flags: int = 0  # RSV of SOCKS 5
+
+
+class Facts(NamedTuple):
+    """What the rules are asked about: one connection, request, reply or datagram."""
+
+    command: str  # "accept" for client-rules, else one of COMMANDS
+    protocol: str  # "tcp" or "udp"
+    proxyprotocol: str  # one of PROXY_PROTOCOLS; "" for client-rules
+    source: Endpoint
+    target: Endpoint | None  # None: not known yet (UDP ASSOCIATE before the first datagram)
+    addresses: tuple[Endpoint, ...] = ()  # what the name in target resolved to, once for the whole session
+    identity: Identity = Identity()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The verdict on some Facts.
+
+    `addresses` are those that the session may use (connect to) under this rule; `method` is what
+    remains to be verified before a pass counts ("" for nothing); `reason` is for the log.
+    """
+
+    verdict: str
+    rule: Rule
+    reason: str = ""
+    addresses: tuple[Endpoint, ...] = ()
+    method: str = ""
+# ============================== 3. Scanner ==============================
+# Reads words out of the text of a configuration file and knows where each one stands.
+# It owns blanks, comments, joined lines and line counting, and nothing else: what a word may
+# look like depends on the keyword before it (an address holds colons, a file name holds almost
+# anything), so the grammar passes the pattern of the word that it expects.
+
+BLANKS = re.compile(r"(?:[ \t]+|\\\r?\n|\r(?=\n|\Z)|#[^\n]*)*")
+SPACE = re.compile(r"(?:[ \t\n]+|\\\r?\n|\r(?=\n|\Z)|#[^\n]*)*")
+COLON = re.compile(r":")
+COMMA = re.compile(r",")
+SLASH = re.compile(r"/")
+DASH = re.compile(r"-")
+OPEN_BRACE = re.compile(r"\{")
+CLOSE_BRACE = re.compile(r"\}")
+KEYWORD_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+VALUE_WORD = re.compile(r"[^\x00-\x20\x7f\\{}:,#]+")
+NUMBER_WORD = re.compile(r"-?[0-9][A-Za-z0-9_.]*")
+ADDRESS_WORD = re.compile(r"[^\x00-\x20\x7f\\{},#/]+")
+MASK_WORD = re.compile(r"[0-9A-Fa-fx.:]+")
+USER_WORD = re.compile(r"(?:[^\x00-\x20\x7f\\{}:,]|\\(?!\r?\n))+")
+FILE_WORD = re.compile(r"(?:[^\x00-\x20\x7f\\]|\\(?!\r?\n))+")
+REST_OF_LINE = re.compile(r"[^\r\n]*")
+# What cannot start a word is shown whole if it can be printed, else one character of it.
+STRANGE_WORD = re.compile(r"[{}]|[^\x00-\x20\x7f{}]+|[^\n]")
+UNREAD_LINE = re.compile(r"(?:[^\n{}#]+|#[^\n]*)*")
+UNREAD_BLOCK = re.compile(r"\{(?:[^{}#]+|#[^\n]*)*\}?")
+KEYWORD_WITH_COLON = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*[ \t]*:")
+KEYWORD_IN_LINE = re.compile(r"(?<![^ \t{}])([A-Za-z][A-Za-z0-9_.-]*)(?: +to| +from)?[ \t]*:")
+NUMBER = re.compile(r"0x[0-9A-Fa-f]+|0[0-7]*|[1-9][0-9]*")
+
+
+class Token(NamedTuple):
+    """A word and its offset in the text."""
+
+    text: str
+    offset: int
+
+
+class Mistake(ConfigError):
+    """The parser cannot use `token`; `hint` says how to mend it."""
+
+    def __init__(self, text: str, token: Token, hint: str = "") -> None:
+        super().__init__(text)
+        self.token = token
+        self.hint = hint
+
+
+class Scanner:
+    """The text of one configuration file and how far it has been read."""
+
+    def __init__(self, text: str, file: str) -> None:
+        self.text = text.removeprefix("\ufeff")
+        self.file = file
+        self.offset = 0
+        self._known_line = 1  # the line in which _known_offset lies
+        self._known_offset = 0
+        self._line = ""  # the last that was asked for, and its start
+        self._line_start = -1
+
+    def look(self, pattern: re.Pattern[str]) -> Token | None:
+        """Find the next word of this line, without taking it."""
+        self.offset = BLANKS.match(self.text, self.offset).end()
+        found = pattern.match(self.text, self.offset)
+        return Token(found.group(), self.offset) if found else None
+
+    def take(self, pattern: re.Pattern[str]) -> Token | None:
+        """Take the next word of this line if it has the form of `pattern`."""
+        token = self.look(pattern)
+        if token:
+            self.offset += len(token.text)
+        return token
+
+    def take_below(self, pattern: re.Pattern[str]) -> Token | None:
+        """Take the next word, be it in this line or in one further down."""
+        self.skip_space()
+        return self.take(pattern)
+
+    def skip_space(self) -> None:
+        self.offset = SPACE.match(self.text, self.offset).end()
+
+    def next_token(self) -> Token:
+        """Give whatever comes next, for complaints; the text is empty at the end of the line."""
+        return self.look(STRANGE_WORD) or Token("", self.offset)
+
+    def at_end(self) -> bool:
+        return self.offset >= len(self.text)
+
+    def values_end(self) -> bool:
+        """Tell whether a list of values ends here: at the end of the line or of the rule."""
+        token = self.next_token()
+        return token.text in ("", "}")
+
+    def place(self, offset: int) -> Position:
+        """Count line and column; quick when asked in the order of the file."""
+        if offset < self._known_offset:
+            self._known_line, self._known_offset = 1, 0
+        self._known_line += self.text.count("\n", self._known_offset, offset)
+        self._known_offset = offset
+        return Position(self.file, self._known_line, offset - self.line_start(offset) + 1)
+
+    def line_start(self, offset: int) -> int:
+        return self.text.rfind("\n", 0, offset) + 1
+
+    def line_text(self, offset: int) -> str:
+        """Give the whole line around `offset`, without its line end."""
+        start = self.line_start(offset)
+        if start != self._line_start:
+            # Kept, so that many complaints about one long line share one copy.
+            end = self.text.find("\n", offset)
+            line = self.text[start : end if end >= 0 else len(self.text)]
+            self._line, self._line_start = line.removesuffix("\r"), start
+        return self._line
+
+
+# ============================== 4. Grammar ==============================
+# Turns the words into a Config.  It owns every keyword of sockd.conf(5), what each may be
+# given and where, the values that are filled in when the file is silent, and the checks of the
+# whole.  Nothing is read from the machine but through Surroundings.  A mistake is noted and
+# parsing goes on at the next keyword, line or closing brace, so that one run shows them all.
+
+MAX_ERRORS = 50  # after so many the file is no configuration, or one repair will mend most
+MAX_WARNINGS = 200
+MAX_SECONDS = 2**32 - 1
+MAX_NUMBER = 2**63 - 1
+MAX_OPTION = 2**31 - 1  # setsockopt(2) takes a C int
+MAX_NAME = 255  # As Dante: bytes in a host name; it is also what fits behind ATYP 3
+SOCKS_PORT = 1080
+HTTP_PORT = 80
+SHOWN_COLUMNS = 120
+
+# ---- what is not supported
+
+WORKS = "works"
+NOT_YET = "not yet"
+NEVER = "never here"
+
+NEEDS_OPENBSD = "it needs BSD Authentication, which only OpenBSD has"
+NEEDS_LDAP = "it needs an LDAP library"
+NEEDS_HOSTID = "it needs a kernel that is patched for the TCP option of host ids"
+NEEDS_UPNP = "it needs a UPnP library"
+
+# Keywords and values that are parsed but not acted upon: to support one, take its line out.
+# A value stands behind its keyword; a name that ends in a dot stands for all that begin so.
+UNSUPPORTED = {
+    "bandwidth": NOT_YET,
+    "bounce to": NOT_YET,
+    "child.": NOT_YET,
+    "clientcompatibility": NOT_YET,
+    "compatibility: draft-5.05": NOT_YET,
+    "cpu.": NOT_YET,
+    "extension": NOT_YET,
+    "external.alarm.": NOT_YET,
+    "external.log.": NOT_YET,
+    "gssapi.": NOT_YET,
+    "internal.alarm.": NOT_YET,
+    "internal.log.": NOT_YET,
+    "alarm.": NOT_YET,
+    "libwrap": NOT_YET,
+    "libwrap.": NOT_YET,
+    "method: gssapi": NOT_YET,
+    "monitor": NOT_YET,
+    "proxyprotocol: http": NOT_YET,
+    "redirect from": NOT_YET,
+    "redirect to": NOT_YET,
+    "route": NOT_YET,
+    "route.": NOT_YET,
+    "session.": NOT_YET,
+    "socksmethod: gssapi": NOT_YET,
+    "bsdauth.stylename": NEEDS_OPENBSD,
+    "hostid": NEEDS_HOSTID,
+    "hostid block": NEEDS_HOSTID,
+    "hostid pass": NEEDS_HOSTID,
+    "hostindex": NEEDS_HOSTID,
+    "ldap.": NEEDS_LDAP,
+    "method: bsdauth": NEEDS_OPENBSD,
+    "method: ldapauth": NEEDS_LDAP,
+    "proxyprotocol: upnp": NEEDS_UPNP,
+    "session.state.key.hostindex": NEEDS_HOSTID,
+    "session.state.key: hostid": NEEDS_HOSTID,
+    "socksmethod: bsdauth": NEEDS_OPENBSD,
+    "socksmethod: ldapauth": NEEDS_LDAP,
+    "via: broadcast": NEEDS_UPNP,
+}
+
+
+def find_reason(name: str) -> str:
+    """Find why a keyword or a "keyword: value" is not supported; "" when it is."""
+    if name in UNSUPPORTED:
+        return UNSUPPORTED[name]
+    keyword = name.partition(":")[0]
+    while "." in keyword:
+        keyword = keyword.rpartition(".")[0]
+        if keyword + "." in UNSUPPORTED:
+            return UNSUPPORTED[keyword + "."]
+    return ""
+
+
+def find_status(name: str) -> str:
+    """Tell the support status of a keyword or of a "keyword: value"."""
+    reason = find_reason(name)
+    return NEVER if reason and reason != NOT_YET else reason or WORKS
+
+
+class Surroundings(Protocol):
+    """What the grammar must know about the machine.  Addresses have port 0."""
+
+    def user_exists(self, name: str) -> bool: ...
+
+    def interface_addresses(self, name: str) -> tuple[Endpoint, ...] | None:
+        """None: there is no such interface; (): it has no address."""
+        ...
+
+    def resolve(self, name: str) -> tuple[Endpoint, ...]:
+        """Every address of a host name; () when it cannot be resolved."""
+        ...
+
+    def service(self, name: str, protocol: str) -> int | None: ...
+
+    def cpus(self) -> frozenset[int]: ...
+
+
+class TooManyErrors(ConfigError):
+    """Parsing stops here."""
+
+
+@dataclass(slots=True)
+class Draft:
+    """What the globals, or one rule, route or monitor, have said so far.
+
+    `values` is keyed by the field of the record to be built, with a dot where the field lies
+    in a record of its own ("timeouts.connect").
+    """
+
+    context: str  # global client socks hostid route monitor
+    head: Token
+    position: Position
+    verdict: str = ""
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    places: dict[str, Token] = dataclasses.field(default_factory=dict)  # by canonical keyword
+    # The keywords that had a mistake; "" for what could not even be read as a keyword.
+    broken: set[str] = dataclasses.field(default_factory=set)
+    last: str = ""  # the keyword before this one
+
+    def group(self, name: str) -> dict[str, Any]:
+        """Select the values that belong to the record in field `name`."""
+        start = name + "."
+        return {
+            key.removeprefix(start): value
+            for key, value in self.values.items()
+            if key.startswith(start)
+        }
+
+    def plain(self) -> dict[str, Any]:
+        return {key: value for key, value in self.values.items() if "." not in key}
+
+
+class Parser:
+    """The state of one parse: what is left of the text, what was found, what was wrong."""
+
+    def __init__(
+        self, scanner: Scanner, surroundings: Surroundings, keywords: frozenset[str]
+    ) -> None:
+        self.scanner = scanner
+        self.surroundings = surroundings
+        self.keywords = keywords
+        self.settings = Draft("global", Token("", 0), Position(scanner.file, 1, 1))
+        self.draft = self.settings  # the one that is being read
+        self.objects: list[Draft] = []
+        self.uses: list[tuple[str, Position]] = []
+        self.complaints: list[Complaint] = []
+        self.errors = 0
+        self._deprecated: set[tuple[str, str]] = set()
+
+    def complain(self, level: str, text: str, token: Token, hint: str = "") -> None:
+        """Note a complaint about `token`; the length of its text is what the caret underlines."""
+        if level != "error" and len(self.complaints) - self.errors >= MAX_WARNINGS:
+            return
+        place = self.scanner.place(token.offset)
+        line = self.scanner.line_text(token.offset)
+        length = max(1, len(token.text))
+        self.complaints.append(Complaint(level, text, place, line, length, hint))
+        if level == "error":
+            self.errors += 1
+            if self.errors >= MAX_ERRORS:
+                raise TooManyErrors
+
+    def complain_of_file(self, level: str, text: str, hint: str = "") -> None:
+        self.complaints.append(Complaint(level, text, hint=hint))
+        self.errors += level == "error"
+
+    def error(self, text: str, token: Token, hint: str = "") -> None:
+        self.complain("error", text, token, hint)
+
+    def warn(self, text: str, token: Token, hint: str = "") -> None:
+        self.complain("warning", text, token, hint)
+
+    def warn_of_old(self, old: Token, new: str) -> None:
+        """Warn once of each old spelling."""
+        if (old.text, new) in self._deprecated:
+            return
+        self._deprecated.add((old.text, new))
+        self.warn(f'keyword "{old.text}" is deprecated: use "{new}"', old)
+
+    def use(self, name: str, token: Token) -> None:
+        self.uses.append((name, self.scanner.place(token.offset)))
+
+    def use_value(self, keyword: str, value: Token) -> None:
+        """Remember a value that has a support status of its own."""
+        name = f"{keyword}: {value.text}"
+        if name in UNSUPPORTED:
+            self.use(name, value)
+
+
+# What stands behind a keyword's colon is read by a function of this form; the token is the
+# keyword as it stands in the file.
+Reader = Callable[[Parser, Token], object]
+
+
+# ---- words and numbers
+
+
+def describe_words(words: Iterable[str]) -> str:
+    """Join words for a sentence: "a", "a or b", "a, b or c"."""
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def find_similar(word: str, known: Iterable[str]) -> str:
+    """Suggest the known word that is most like `word`, as a hint; "" when none is."""
+    # Imported here as only a faulty file needs it: it would slow down every start.
+    import difflib
+
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word[:80].lower(), by_lower, n=1, cutoff=0.7)
+    return f'did you mean "{by_lower[close[0]]}"?' if close else ""
+
+
+def describe_token(token: Token) -> str:
+    if not token.text:
+        return "the end of the line"
+    return f'"{shorten(token.text)}"' if token.text.isprintable() else "an unprintable character"
+
+
+def parse_number_text(token: Token) -> int:
+    """Convert a number; as in C, 0x starts a hexadecimal and 0 an octal one."""
+    if not NUMBER.fullmatch(token.text):
+        hint = "write a whole number, e.g. 30"
+        if re.fullmatch(r"0[0-9]+", token.text):
+            hint = "a leading 0 makes the number octal: leave it out"
+        raise Mistake(f'"{shorten(token.text)}" is not a number', token, hint)
+    if len(token.text) > 25:
+        return MAX_NUMBER + 1
+    if token.text.startswith("0x"):
+        return int(token.text, 16)
+    return int(token.text, 8 if token.text.startswith("0") else 10)
+
+
+def check_range(value: int, low: int, high: int, token: Token) -> int:
+    if not low <= value <= high:
+        text = f"{shorten(token.text)} is out of range: it must be from {low} to {high}"
+        raise Mistake(text, token)
+    return value
+
+
+def parse_number(parser: Parser, low: int, high: int) -> int:
+    token = parser.scanner.take_below(NUMBER_WORD)
+    if token is None:
+        found = parser.scanner.next_token()
+        raise Mistake(f"expected a number, not {describe_token(found)}", found)
+    return check_range(parse_number_text(token), low, high, token)
+
+
+def parse_pair(parser: Parser, high: int) -> tuple[int, int]:
+    """Read FIRST/SECOND, each at least 1."""
+    first = parse_number(parser, 1, high)
+    if not parser.scanner.take(SLASH):
+        found = parser.scanner.next_token()
+        raise Mistake(f'expected "/" and a second number, not {describe_token(found)}', found)
+    return first, parse_number(parser, 1, high)
+
+
+def setting_follows(parser: Parser, pattern: re.Pattern[str]) -> bool:
+    """Tell whether the next word is a keyword with its colon, and so ends a list of values."""
+    word = parser.scanner.look(KEYWORD_WITH_COLON)
+    # A file name may hold a colon: there only a known keyword counts.
+    return word is not None and (
+        pattern is not FILE_WORD or word.text.rstrip(" \t:") in parser.keywords
+    )
+
+
+def warn_of_comma(parser: Parser, comma: Token) -> None:
+    # Unlike Dante: it refuses commas, but older files and manuals have them.
+    parser.warn("values are separated by blanks, not by commas", comma)
+
+
+def take_values(parser: Parser, keyword: Token, pattern: re.Pattern[str]) -> Iterator[Token]:
+    """Take the words of a list, up to the end of the line, "}" or the next keyword.
+
+    Unlike Dante: its lists of values swallow the "}" and the comment behind a blank, too.
+    """
+    count = 0
+    while not parser.scanner.values_end() and not setting_follows(parser, pattern):
+        word = parser.scanner.take(pattern)
+        if word is None:
+            found = parser.scanner.next_token()
+            raise Mistake(f'{describe_token(found)} is no value for "{keyword.text}"', found)
+        count += 1
+        yield word
+        comma = parser.scanner.take(COMMA)
+        if comma:
+            warn_of_comma(parser, comma)
+    if count == 0:
+        raise Mistake(f'"{keyword.text}" needs a value, in the same line', keyword)
+
+
+def complain_of_value(parser: Parser, keyword: Token, word: Token, known: Iterable[str]) -> None:
+    parser.draft.broken.add(parser.draft.last)
+    known = list(known)
+    parser.error(
+        f'"{shorten(word.text)}" is no value for "{keyword.text}": '
+        f"it must be {describe_words(known)}",
+        word,
+        find_similar(word.text, known),
+    )
+
+
+def some_of(*words: str, **aliases: str) -> Reader:
+    """Make a reader of a list of the given words."""
+
+    def read(parser: Parser, keyword: Token) -> tuple[str, ...]:
+        values = []
+        for word in take_values(parser, keyword, VALUE_WORD):
+            value = aliases.get(word.text.replace(".", "_"), word.text)
+            if value not in words:
+                complain_of_value(parser, keyword, word, words)
+                continue
+            parser.use_value(parser.draft.last, Token(value, word.offset))
+            values.append(value)
+        return tuple(values)
+
+    return read
+
+
+def one_of(*words: str) -> Reader:
+    """Make a reader of exactly one of the given words."""
+
+    def read(parser: Parser, keyword: Token) -> str:
+        word = parser.scanner.take_below(VALUE_WORD)
+        found = word or parser.scanner.next_token()
+        if word is None or word.text not in words:
+            raise Mistake(
+                f'expected {describe_words(words)} after "{keyword.text}", '
+                f"not {describe_token(found)}",
+                found,
+                find_similar(found.text, words),
+            )
+        parser.use_value(parser.draft.last, word)
+        return word.text
+
+    return read
+
+
+def number(low: int, high: int) -> Reader:
+    return lambda parser, keyword: parse_number(parser, low, high)
+
+
+def read_yes_or_no(parser: Parser, keyword: Token) -> bool:
+    return one_of("yes", "no")(parser, keyword) == "yes"
+
+
+def read_necgssapi(parser: Parser, keyword: Token) -> bool:
+    return one_of("necgssapi")(parser, keyword) == "necgssapi"
+
+
+def read_throttle(parser: Parser, keyword: Token) -> tuple[int, int]:
+    return parse_pair(parser, MAX_OPTION)
+
+
+def read_port_range(parser: Parser, keyword: Token) -> tuple[int, int]:
+    low = parse_number(parser, 0, 65535)
+    if not parser.scanner.take(DASH):
+        found = parser.scanner.next_token()
+        raise Mistake(f'expected "-" and the last port, not {describe_token(found)}', found)
+    last = parser.scanner.look(NUMBER_WORD) or parser.scanner.next_token()
+    high = parse_number(parser, 0, 65535)
+    check_order(low, high, last)
+    return low, high
+
+
+def check_order(low: int, high: int, last: Token) -> None:
+    if high < low:
+        raise Mistake(
+            f"the last port ({high}) is below the first ({low})", last, f"write {high}-{low}"
+        )
+
+
+def read_rest(parser: Parser, keyword: Token) -> str:
+    """Read the rest of the line as it stands, "#" and all."""
+    found = REST_OF_LINE.match(parser.scanner.text, parser.scanner.offset)
+    parser.scanner.offset = found.end()
+    return found.group()
+
+
+# ---- names of users, files and services
+
+
+def read_names(parser: Parser, keyword: Token) -> tuple[str, ...]:
+    return tuple(word.text for word in take_values(parser, keyword, USER_WORD))
+
+
+def read_user(parser: Parser, keyword: Token) -> str:
+    """Read the name of a user whom the machine knows."""
+    word = parser.scanner.take(USER_WORD)
+    if word is None:
+        raise Mistake(f'"{keyword.text}" needs the name of a user', keyword)
+    if not parser.surroundings.user_exists(word.text):
+        hint = "write the name of a user of this machine"
+        if word.text.isdecimal():
+            hint = "write the user's name, not the number"
+        raise Mistake(f'there is no user "{shorten(word.text)}"', word, hint)
+    return word.text
+
+
+def read_service_name(parser: Parser, keyword: Token) -> str:
+    word = parser.scanner.take(VALUE_WORD)
+    if word is None:
+        raise Mistake(f'"{keyword.text}" needs a name', keyword)
+    if not word.text[0].isalpha():
+        raise Mistake(f'"{shorten(word.text)}" does not begin with a letter', word)
+    return word.text
+
+
+def take_file(parser: Parser, keyword: Token) -> Token:
+    word = parser.scanner.take(FILE_WORD)
+    if word is None or word.text.startswith("#"):
+        raise Mistake(f'"{keyword.text}" needs a file name, in the same line', keyword)
+    check_quotes(parser, word)
+    return word
+
+
+def check_quotes(parser: Parser, word: Token) -> None:
+    if word.text[0] in "\"'":
+        parser.warn("quotes have no meaning here: they are part of the name", word)
+
+
+def read_file(parser: Parser, keyword: Token) -> str:
+    return take_file(parser, keyword).text
+
+
+def read_directory(parser: Parser, keyword: Token) -> str:
+    word = take_file(parser, keyword)
+    if not word.text.startswith("/"):
+        raise Mistake(f'"{shorten(word.text)}" is no absolute path', word, 'begin it with "/"')
+    return word.text
+
+
+FACILITIES = frozenset(
+    {"auth", "authpriv", "daemon", "user", *(f"local{digit}" for digit in range(8))}
+)
+
+
+def read_log_outputs(parser: Parser, keyword: Token) -> tuple[str, ...]:
+    """Read a list of stdout, stderr, syslog, syslog/FACILITY and files."""
+    outputs = []
+    for word in take_values(parser, keyword, FILE_WORD):
+        name = word.text.rstrip(",")
+        if name != word.text:
+            warn_of_comma(parser, Token(",", word.offset + len(name)))
+        if name and check_log_output(parser, Token(name, word.offset)):
+            outputs.append(name)
+    return tuple(outputs)
+
+
+def check_log_output(parser: Parser, word: Token) -> bool:
+    """Tell whether an output can be used; Dante, too, only warns of an unknown facility."""
+    output, _, facility = word.text.partition("/")
+    if output != "syslog" or not facility or facility in FACILITIES:
+        check_quotes(parser, word)
+        return True
+    known = describe_words(sorted(FACILITIES))
+    parser.warn(f'unknown syslog facility "{shorten(facility)}"', word, f"it must be {known}")
+    return False
+
+
+# ---- addresses and ports
+
+OPERATORS = {
+    "": "eq", ":": "eq", "=": "eq", "==": "eq", "eq": "eq",
+    "!=": "ne", "ne": "ne", "neq": "ne",
+    ">=": "ge", "ge": "ge", "<=": "le", "le": "le",
+    ">": "gt", "gt": "gt", "<": "lt", "lt": "lt",
+}  # fmt: skip
+OPERATOR = re.compile(r"==|=|!=|>=|<=|>|<|:|(?:eq|neq|ne|ge|gt|le|lt)(?![A-Za-z_-])")
+PORT_KEYWORD = re.compile(r"port(?![A-Za-z0-9_.-])")
+PORT_NUMBER = re.compile(r"(?:0x[0-9A-Fa-f]+|[0-9]+)(?![A-Za-z0-9_.])")
+SERVICE_WORD = re.compile(r"[^\x00-\x20\x7f\\{}:,#/]+")
+HOST_NAME = re.compile(r"\.?[\w-]+(?:\.[\w-]+)*\.?")
+LIKE_IPV4 = re.compile(r"[0-9.]*\.[0-9.]*")
+URL = re.compile(r"(?:http|ftp)://[^ \t\r\n]*")
+
+EVERY_ADDRESS = RuleAddress("any", "0/0")
+BITS = {"ipv4": 32, "ipv6": 128}
+FAMILY_NAMES = {4: "ipv4", 6: "ipv6"}
+
+
+def find_literal(text: str) -> Endpoint | None:
+    """Convert an IP address, with port 0; None for anything else."""
+    host, percent, scope = text.partition("%")
+    for family, constant in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+        try:
+            packed = socket.inet_pton(constant, host)
+        except (OSError, ValueError):
+            continue
+        if percent and (family == 4 or not scope):
+            return None
+        return Endpoint(socket.inet_ntop(constant, packed) + percent + scope, 0, family)
+    return None
+
+
+def pack_address(endpoint: Endpoint) -> int:
+    constant = socket.AF_INET6 if endpoint.family == 6 else socket.AF_INET
+    return int.from_bytes(socket.inet_pton(constant, endpoint.host.partition("%")[0]), "big")
+
+
+def check_literal(parser: Parser, endpoint: Endpoint, token: Token) -> Endpoint:
+    if endpoint.host.startswith("::ffff:") and "." in endpoint.host:
+        ipv4 = endpoint.host.removeprefix("::ffff:")
+        raise Mistake(f"{token.text} is an IPv4-mapped address", token, f"write {ipv4}")
+    scope = endpoint.host.partition("%")[2]
+    if scope and parser.surroundings.interface_addresses(scope) is None:
+        raise Mistake(f'there is no interface "{shorten(scope)}"', token)
+    return endpoint
+
+
+def take_address(parser: Parser, keyword: Token) -> Token:
+    """Take the word of an address; it may follow the colon without a blank, unlike Dante's."""
+    word = parser.scanner.look(ADDRESS_WORD)
+    if word is None or word.text == "port" or setting_follows(parser, FILE_WORD):
+        raise Mistake(f'"{keyword.text}" needs an address, in the same line', keyword)
+    parser.scanner.take(ADDRESS_WORD)
+    if len(word.text.encode("utf-8", "replace")) > MAX_NAME:
+        raise Mistake(f"this name is longer than {MAX_NAME} bytes", word)
+    return word
+
+
+def parse_pattern(parser: Parser, token: Token) -> RuleAddress:
+    """Classify an address of a rule, in Dante's order; its mask and port come later."""
+    literal = find_literal(token.text)
+    if literal:
+        literal = check_literal(parser, literal, token)
+        kind = FAMILY_NAMES[literal.family]
+        return RuleAddress(kind, literal.host, pack_address(literal), BITS[kind])
+    if token.text == ".":
+        return RuleAddress("domain", "")
+    addresses = parser.surroundings.interface_addresses(token.text)
+    if addresses is not None:
+        if not addresses:
+            parser.warn(f'interface "{token.text}" has no address at present', token)
+        return RuleAddress("interface", token.text)
+    check_name(parser, token)
+    if token.text.startswith("."):
+        return RuleAddress("domain", token.text[1:])
+    return RuleAddress("host", token.text)
+
+
+def check_name(parser: Parser, token: Token) -> None:
+    """Refuse what cannot be a host name, and doubt what looks like a mistyped address."""
+    hint = "0/0 stands for every address" if token.text in ("*", "0", "any", "all") else ""
+    if len(token.text) < 2 or not HOST_NAME.fullmatch(token.text):
+        if token.text.startswith("*."):
+            hint = f"{token.text[1:]} stands for every name in that domain"
+        raise Mistake(
+            f"{describe_token(token)} is no address, host name, domain or interface", token, hint
+        )
+    if LIKE_IPV4.fullmatch(token.text) or hint:
+        hint = hint or "an IPv4 address has four numbers, each from 0 to 255"
+        parser.warn(f'"{token.text}" is no IP address: it is taken as a host name', token, hint)
+
+
+def parse_mask(parser: Parser, kind: str, slash: Token) -> int:
+    """Read what follows the slash, as the length of the mask."""
+    token = parser.scanner.take(MASK_WORD)
+    if token is None:
+        raise Mistake(f"a mask must follow the slash: 0 to {BITS[kind]}", slash)
+    if kind == "ipv4" and "." in token.text:
+        # Unlike Dante: its manual has dotted masks, its program does not.
+        return parse_dotted_mask(token)
+    length = parse_number_text(token)
+    if length > BITS[kind]:
+        raise Mistake(
+            f"the mask {shorten(token.text)} is out of range: it must be from 0 to {BITS[kind]}",
+            token,
+        )
+    return length
+
+
+def parse_dotted_mask(token: Token) -> int:
+    literal = find_literal(token.text)
+    if literal is None:
+        raise Mistake(f'"{shorten(token.text)}" is no mask', token, "write e.g. /24")
+    bits = f"{pack_address(literal):032b}"
+    if "01" in bits:
+        raise Mistake(f"the mask {token.text} has a gap in its bits", token, "write e.g. /24")
+    return bits.count("1")
+
+
+def parse_every_address(parser: Parser, token: Token, slash: Token | None) -> RuleAddress:
+    """Finish 0/0, the only pattern that covers both families."""
+    length = parser.scanner.take(MASK_WORD) if slash else None
+    if length is None or length.text not in ("0", "0.0.0.0"):
+        wrong = length or token
+        raise Mistake("the mask of 0 can only be 0", wrong, "0/0 stands for every address")
+    return EVERY_ADDRESS
+
+
+def parse_masked(parser: Parser, keyword: Token) -> RuleAddress:
+    """Read the address of a rule with its mask."""
+    token = take_address(parser, keyword)
+    slash = parser.scanner.take(SLASH)
+    if token.text == "0":
+        return parse_every_address(parser, token, slash)
+    pattern = parse_pattern(parser, token)
+    if pattern.kind not in BITS:
+        if slash:
+            raise Mistake(f'"{shorten(token.text)}" is no IP address, so it takes no mask', slash)
+        return pattern
+    length = BITS[pattern.kind]
+    if slash:
+        length = parse_mask(parser, pattern.kind, slash)
+    else:
+        # Unlike Dante: it refuses this; one host is the narrowest that can be meant.
+        text = f"{token.text} has no mask: it is taken as this one host"
+        parser.warn(text, token, f"write {token.text}/{length}")
+    if length == 0 and pattern.network:
+        parser.warn(
+            f"{token.text}/0 stands for every address, not only for {token.text}",
+            token,
+            f"write {token.text}/{BITS[pattern.kind]} for one host",
+        )
+    host_bits = BITS[pattern.kind] - length
+    return dataclasses.replace(
+        pattern,
+        text=f"{pattern.text}/{length}",
+        network=pattern.network >> host_bits << host_bits,
+        prefix=length,
+    )
+
+
+def find_service(parser: Parser, token: Token) -> int:
+    """Look a service up, in the protocols that the rule has named before."""
+    named = parser.draft.values.get("protocols", frozenset())
+    for protocol in ("tcp", "udp"):
+        if named and protocol not in named:
+            continue
+        port = parser.surroundings.service(token.text, protocol)
+        if port is not None:
+            return port
+    where = f" for {describe_words(sorted(named))}" if named else ""
+    raise Mistake(
+        f'there is no service "{shorten(token.text)}"{where}',
+        token,
+        "write the number of the port",
+    )
+
+
+def parse_port_value(parser: Parser) -> int:
+    token = parser.scanner.take(PORT_NUMBER)
+    if token:
+        return check_range(parse_number_text(token), 0, 65535, token)
+    token = parser.scanner.take(SERVICE_WORD)
+    if token is None:
+        found = parser.scanner.next_token()
+        raise Mistake(f"expected a port or a service, not {describe_token(found)}", found)
+    return find_service(parser, token)
+
+
+def parse_port(parser: Parser) -> PortTest:
+    """Read the port clause behind an address, in the same line, if there is one.
+
+    Unlike Dante: `port: 80` means what it says; there it is accepted and matches every port.
+    """
+    if not parser.scanner.take(PORT_KEYWORD):
+        return PortTest()
+    sign = parser.scanner.take(OPERATOR)
+    low = parse_port_value(parser)
+    dash = parser.scanner.take(DASH)
+    if not dash:
+        return PortTest(OPERATORS[sign.text if sign else ""], low, low)
+    last = parser.scanner.look(SERVICE_WORD) or dash
+    high = parse_port_value(parser)
+    if sign:
+        raise Mistake("a range of ports takes no operator", sign, f"write port {low}-{high}")
+    check_order(low, high, last)
+    return PortTest("range", low, high)
+
+
+def read_pattern(parser: Parser, keyword: Token) -> RuleAddress:
+    """Read an address with mask and port, for from, to, hostid and redirect from."""
+    pattern = parse_masked(parser, keyword)
+    port = parse_port(parser)
+    return dataclasses.replace(pattern, port=port) if port.operator != "any" else pattern
+
+
+def refuse_mask(parser: Parser, keyword: Token) -> None:
+    slash = parser.scanner.look(SLASH)
+    if slash:
+        raise Mistake(f'"{keyword.text}" takes one address, without a mask', slash)
+
+
+def parse_one_port(parser: Parser) -> int | None:
+    """Read a port clause that can only mean one port; None when there is none."""
+    start = parser.scanner.look(PORT_KEYWORD)
+    port = parse_port(parser)
+    if start and port.operator != "eq":
+        # As Dante: any operator is accepted, and the first number taken.
+        text = f"one port is needed here: {port.low} is taken"
+        parser.warn(text, start, f"write port = {port.low}")
+    return port.low if start else None
+
+
+def read_endpoint(parser: Parser, keyword: Token) -> Endpoint:
+    """Read an address or host name with an optional port, for redirect to and bounce to."""
+    token = take_address(parser, keyword)
+    refuse_mask(parser, keyword)
+    port = parse_one_port(parser) or 0
+    literal = find_literal(token.text)
+    if literal:
+        return check_literal(parser, literal, token)._replace(port=port)
+    check_name(parser, token)
+    return Endpoint(token.text, port, 0)
+
+
+def read_target(parser: Parser, keyword: Token) -> RuleAddress:
+    """Read the address of redirect to: one host, as a pattern."""
+    endpoint = read_endpoint(parser, keyword)
+    port = PortTest("eq", endpoint.port, endpoint.port) if endpoint.port else PortTest()
+    if not endpoint.family:
+        return RuleAddress("host", endpoint.host, port=port)
+    kind = FAMILY_NAMES[endpoint.family]
+    text = f"{endpoint.host}/{BITS[kind]}"
+    return RuleAddress(kind, text, pack_address(endpoint), BITS[kind], port)
+
+
+def read_gateway(parser: Parser, keyword: Token) -> tuple[str, Endpoint | None]:
+    """Read the `via` of a route: what it says, and where the proxy is (port 0: not said)."""
+    word = parser.scanner.look(URL)
+    if word:
+        raise Mistake("a URL is only for UPnP: the gateway must be an address or a name", word)
+    word = parser.scanner.look(ADDRESS_WORD)
+    text = word.text if word else ""
+    if text.lower() == "direct":
+        parser.scanner.take(ADDRESS_WORD)
+        return "direct", None
+    if text == "broadcast":
+        parser.use_value("via", parser.scanner.take(ADDRESS_WORD) or keyword)
+        return "broadcast", None
+    if word and parser.surroundings.interface_addresses(text) is not None:
+        raise Mistake(
+            f'"{shorten(text)}" is an interface: the gateway must be an address or a name', word
+        )
+    return text, read_endpoint(parser, keyword)
+
+
+# ---- the server's own addresses
+
+
+def find_addresses(parser: Parser, token: Token) -> tuple[Endpoint, ...]:
+    """Find every address of an IP address, interface or host name; never none."""
+    literal = find_literal(token.text)
+    if literal:
+        return (check_literal(parser, literal, token),)
+    addresses = parser.surroundings.interface_addresses(token.text)
+    if addresses:
+        return addresses
+    if addresses is not None:
+        raise Mistake(f'interface "{token.text}" has no address', token)
+    check_name(parser, token)
+    addresses = parser.surroundings.resolve(token.text)
+    if not addresses:
+        raise Mistake(
+            f'"{token.text}" is no address, no interface here, and no name that resolves', token
+        )
+    return addresses
+
+
+def is_enabled(parser: Parser, side: str, endpoint: Endpoint) -> bool:
+    enabled = parser.settings.values.get(f"{side}_protocols", FAMILY_NAMES.values())
+    return FAMILY_NAMES[endpoint.family] in enabled
+
+
+def read_internal(parser: Parser, keyword: Token) -> tuple[Endpoint, ...]:
+    token = take_address(parser, keyword)
+    refuse_mask(parser, keyword)
+    addresses = find_addresses(parser, token)
+    port = parse_one_port(parser)
+    if port is None:
+        port = parser.surroundings.service("socks", "tcp") or SOCKS_PORT
+    known = parser.settings.values.get("internal", ())
+    # Unlike Dante: port 0 is accepted; the kernel chooses and the log says which.
+    endpoints = (address._replace(port=port) for address in addresses)
+    return tuple(
+        endpoint
+        for endpoint in dict.fromkeys(endpoints)
+        if endpoint not in known and is_enabled(parser, "internal", endpoint)
+    )
+
+
+def read_external(parser: Parser, keyword: Token) -> tuple[External, ...]:
+    token = take_address(parser, keyword)
+    refuse_mask(parser, keyword)
+    port = parser.scanner.look(PORT_KEYWORD)
+    if port:
+        raise Mistake('"external" takes no port: the system chooses one', port)
+    addresses = find_addresses(parser, token)
+    position = parser.scanner.place(token.offset)
+    if parser.surroundings.interface_addresses(token.text):
+        return (External(token.text, None, position),)
+    if addresses[0].host in ("0.0.0.0", "::"):
+        raise Mistake(
+            "the external address cannot be a wildcard", token, "name an address or an interface"
+        )
+    return tuple(
+        External(token.text, address, position)
+        for address in addresses
+        if is_enabled(parser, "external", address)
+    )
+
+
+def read_families(parser: Parser, keyword: Token) -> tuple[str, ...]:
+    """Read internal.protocol or external.protocol, which must stand above its addresses."""
+    side = keyword.text.partition(".")[0]
+    families = some_of("ipv4", "ipv6")(parser, keyword)
+    if side in parser.settings.places:
+        raise Mistake(
+            f'"{keyword.text}" must stand above the first "{side}", as it decides which of '
+            "its addresses count",
+            keyword,
+        )
+    return families
+
+
+# ---- methods
+
+
+def read_methods(parser: Parser, keyword: Token) -> tuple[str, ...]:
+    return parse_methods(parser, keyword, "socksmethod", METHODS)
+
+
+def read_client_methods(parser: Parser, keyword: Token) -> tuple[str, ...]:
+    known = tuple(method for method in METHODS if method in CLIENT_METHODS)
+    return parse_methods(parser, keyword, "clientmethod", known)
+
+
+def read_route_methods(parser: Parser, keyword: Token) -> tuple[str, ...]:
+    return parse_methods(parser, keyword, "method", ("none", "username", "gssapi"))
+
+
+def parse_methods(
+    parser: Parser, keyword: Token, name: str, known: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Read a list of methods in the order of preference."""
+    methods: list[str] = []
+    before = parser.draft.values.get(name + "s", ()) if parser.draft is not parser.settings else ()
+    for word in take_values(parser, keyword, VALUE_WORD):
+        method = word.text
+        if method == "pam":
+            method = "pam.username"
+            parser.warn_of_old(word, method)
+        if method not in known:
+            complain_of_method(parser, keyword, word, known)
+        elif method in methods or method in before:
+            parser.warn(f'method "{method}" is in the list already', word)
+        else:
+            parser.use_value("method" if name == "method" else name, Token(method, word.offset))
+            methods.append(method)
+    return tuple(methods)
+
+
+def complain_of_method(
+    parser: Parser, keyword: Token, word: Token, known: tuple[str, ...]
+) -> None:
+    if word.text not in METHODS and word.text != "pam":
+        return complain_of_value(parser, keyword, word, known)
+    parser.draft.broken.add(parser.draft.last)
+    hint = f"it must be {describe_words(known)}"
+    if parser.draft.context == "client":
+        # As Dante: in a client-rule the old "method" means clientmethod.
+        hint += f'; for what is asked of a IN_SOCKS client write "socksmethod: {word.text}"'
+    parser.error(f'method "{word.text}" cannot be used for "{keyword.text}"', word, hint)
+    return None
+
+
+# ---- libwrap, processors, logs of errors
+
+
+# hosts_options(5)
+LIBWRAP_OPTIONS = frozenset(
+    "aclexec allow banners deny group keepalive linger nice rfc931 setenv severity "
+    "spawn twist umask user".split()
+)
+
+
+def read_libwrap(parser: Parser, keyword: Token) -> str:
+    """Read the rest of the line and check the names of its options (hosts_options(5))."""
+    start = parser.scanner.offset
+    line = read_rest(parser, keyword).strip()
+    if not line:
+        raise Mistake('"libwrap" needs options, in the same line', keyword)
+    # A colon within an option is written "\:".
+    for option in re.split(r"(?<!\\):", line):
+        words = option.replace("=", " ").split()
+        if words and words[0].lower() not in LIBWRAP_OPTIONS:
+            offset = parser.scanner.text.find(words[0], start)
+            raise Mistake(
+                f'"{shorten(words[0])}" is no option of hosts_options(5)',
+                Token(words[0], offset),
+                find_similar(words[0], LIBWRAP_OPTIONS),
+            )
+    return line
+
+
+PROCESSES = ("mother", "monitor", "negotiate", "request", "io")
+POLICIES = ("other", "fifo", "rr", "batch", "idle")
+
+
+def find_process(parser: Parser, keyword: Token) -> str:
+    process = keyword.text.rpartition(".")[2]
+    if process not in PROCESSES:
+        raise Mistake(
+            f'there is no process "{process}": it must be {describe_words(PROCESSES)}',
+            keyword,
+            find_similar(process, PROCESSES),
+        )
+    return process
+
+
+def read_schedule(parser: Parser, keyword: Token) -> tuple[tuple[str, str, int], ...]:
+    """Read POLICY/PRIORITY; the policy may be spelled as in the manual, SCHED_FIFO."""
+    process = find_process(parser, keyword)
+    word = parser.scanner.take(ADDRESS_WORD)
+    policy = word.text.removeprefix("SCHED_").lower() if word else ""
+    if word is None or policy not in POLICIES:
+        raise Mistake(
+            f'"{keyword.text}" needs a scheduling policy: {describe_words(POLICIES)}',
+            word or keyword,
+        )
+    slash = parser.scanner.take(SLASH)
+    if not slash:
+        raise Mistake(f'"{word.text}" needs a priority', word, f"write e.g. {word.text}/0")
+    return ((process, policy, parse_number(parser, 0, 99)),)
+
+
+def read_mask(parser: Parser, keyword: Token) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Read a list of CPU numbers, or "any"."""
+    process = find_process(parser, keyword)
+    cpus = []
+    for word in take_values(parser, keyword, VALUE_WORD):
+        if word.text == "any":
+            continue
+        cpu = parse_number_text(word)
+        if cpu not in parser.surroundings.cpus():
+            raise Mistake(f"this machine has no CPU {shorten(word.text)}", word)
+        cpus.append(cpu)
+    return ((process, tuple(cpus)),)
+
+
+LOG_LEVELS = ("emerg", "alert", "crit", "err", "warning", "notice", "info", "debug")
+TCP_FEATURES = ("ecn", "sack", "timestamps", "wscale")
+
+
+def find_side_and_level(keyword: Token) -> tuple[str, str]:
+    side, _, level = keyword.text.split(".")[:3]
+    if level not in LOG_LEVELS:
+        raise Mistake(
+            f'unknown log level "{shorten(level)}": it must be {describe_words(LOG_LEVELS)}',
+            keyword,
+            find_similar(level, LOG_LEVELS),
+        )
+    return side, level
+
+
+def is_error_symbol(symbol: str) -> bool:
+    if symbol in ("no-route", "dns-any", "system-any"):
+        return True
+    return hasattr(errno, symbol) or symbol.startswith("EAI_") and hasattr(socket, symbol)
+
+
+def read_error_log(parser: Parser, keyword: Token) -> tuple[ErrorLog, ...]:
+    side, level = find_side_and_level(keyword)
+    symbols = []
+    for word in take_values(parser, keyword, VALUE_WORD):
+        symbol = word.text.lower() if "-" in word.text else word.text.upper()
+        if is_error_symbol(symbol):
+            symbols.append(symbol)
+        else:
+            parser.warn(f'unknown error "{shorten(word.text)}": it is ignored', word)
+    return (ErrorLog(side, level, "error", tuple(symbols)),)
+
+
+def read_tcp_log(parser: Parser, keyword: Token) -> tuple[ErrorLog, ...]:
+    side, level = find_side_and_level(keyword)
+    event = keyword.text.split(".", 3)[3]
+    features = some_of(*TCP_FEATURES)(parser, keyword)
+    return (ErrorLog(side, level, event, features),)
+
+
+# ---- alarms
+
+
+def find_sides(keyword: Token) -> tuple[str, ...]:
+    side = keyword.text.partition(".")[0]
+    return ("internal", "external") if side == "alarm" else (side,)
+
+
+def parse_word(parser: Parser, word: str) -> bool:
+    """Take `word` if it comes next."""
+    found = parser.scanner.look(VALUE_WORD)
+    return found is not None and found.text == word and bool(parser.scanner.take(VALUE_WORD))
+
+
+def read_data_alarm(parser: Parser, keyword: Token) -> tuple[tuple[Alarm, Token], ...]:
+    """Read BYTES in SECONDS."""
+    limit = parse_number(parser, 0, MAX_NUMBER)
+    if not parse_word(parser, "in"):
+        found = parser.scanner.next_token()
+        raise Mistake('expected "in" and a number of seconds', found, "write e.g. 100 in 60")
+    seconds = parse_number(parser, 1, MAX_SECONDS)
+    direction = keyword.text.rpartition(".")[2]
+    directions = ("recv", "send") if direction == "data" else (direction,)
+    alarm = Alarm("data", find_sides(keyword), directions, limit, 0, seconds)
+    return ((alarm, keyword),)
+
+
+def read_disconnect_alarm(parser: Parser, keyword: Token) -> tuple[tuple[Alarm, Token], ...]:
+    """Read COUNT/SESSIONS [in SECONDS]."""
+    count, sessions = parse_pair(parser, MAX_OPTION)
+    if count > sessions:
+        raise Mistake(
+            f"there cannot be {count} disconnects among {sessions} sessions",
+            keyword,
+            f"write {sessions}/{count}",
+        )
+    # As Dante: 5 seconds unless told.
+    seconds = parse_number(parser, 1, MAX_SECONDS) if parse_word(parser, "in") else 5
+    alarm = Alarm("disconnect", find_sides(keyword), (), count, sessions, seconds)
+    return ((alarm, keyword),)
+
+
+def read_mtu_alarm(parser: Parser, keyword: Token) -> tuple[tuple[Alarm, Token], ...]:
+    return ((Alarm("mtu-error", find_sides(keyword)), keyword),)
+
+
+# ---- socket options
+
+
+LEVELS = {
+    "ip": socket.IPPROTO_IP,
+    "socket": socket.SOL_SOCKET,
+    "tcp": socket.IPPROTO_TCP,
+    "udp": socket.IPPROTO_UDP,
+}
+
+class Option(NamedTuple):
+    """A socket option: where it may be named, and what the kernel calls it.
+
+    `early` options must be set before the connection is made.  A sub-field of ip_tos lies
+    `shift` bits up, under `mask`, and has names for its values.
+    """
+
+    level: int
+    number: int
+    levels: tuple[str, ...]
+    early: bool = True
+    shift: int = 0
+    mask: int = 0
+    symbols: dict[str, int] | None = None
+
+
+def build_option(level_name: str, name: str, linux: int, **more: Any) -> Option:
+    # The module's constants are this machine's; where it lacks one, Linux's header is right.
+    levels = ("socket", "tcp", "udp") if level_name == "socket" else (level_name,)
+    constant = name.partition(".")[0].upper()
+    return Option(LEVELS[level_name], getattr(socket, constant, linux), levels, **more)
+
+
+# RFC 2474, RFC 2597, RFC 3246
+DSCP = {
+    "af11": 10, "af12": 12, "af13": 14, "af21": 18, "af22": 20, "af23": 22,
+    "af31": 26, "af32": 28, "af33": 30, "af41": 34, "af42": 36, "af43": 38, "ef": 46,
+    "cs0": 0, "cs1": 8, "cs2": 16, "cs3": 24, "cs4": 32, "cs5": 40, "cs6": 48, "cs7": 56,
+}  # fmt: skip
+# RFC 791
+PRECEDENCE = {
+    "netcontrol": 7, "internetcontrol": 6, "critic_ecp": 5, "flashoverride": 4,
+    "flash": 3, "immediate": 2, "priority": 1, "routine": 0,
+}  # fmt: skip
+# RFC 1349
+TOS = {"lowdelay": 8, "throughput": 4, "reliability": 2}
+
+OPTIONS = {
+    # asm-generic/socket.h
+    **{
+        name: build_option("socket", name, linux, early=name != "so_debug")
+        for name, linux in {
+            "so_debug": 1, "so_dontroute": 5, "so_broadcast": 6, "so_sndbuf": 7,
+            "so_rcvbuf": 8, "so_keepalive": 9, "so_oobinline": 10, "so_priority": 12,
+            "so_linger": 13, "so_rcvlowat": 18, "so_sndlowat": 19, "so_rcvtimeo": 20,
+            "so_sndtimeo": 21, "so_timestamp": 29, "so_sndbufforce": 32, "so_rcvbufforce": 33,
+        }.items()
+    },
+    # linux/tcp.h
+    **{
+        name: build_option("tcp", name, linux)
+        for name, linux in {
+            "tcp_nodelay": 1, "tcp_maxseg": 2, "tcp_cork": 3, "tcp_keepidle": 4,
+            "tcp_keepintvl": 5, "tcp_keepcnt": 6, "tcp_syncnt": 7, "tcp_linger2": 8,
+            "tcp_window_clamp": 10, "tcp_md5sig": 14,
+        }.items()
+    },
+    # linux/udp.h
+    "udp_cork": build_option("udp", "udp_cork", 1),
+    # linux/in.h
+    "ip_ttl": build_option("ip", "ip_ttl", 2),
+    "ip_mtu_discover": build_option("ip", "ip_mtu_discover", 10),
+    "ip_freebind": build_option("ip", "ip_freebind", 15),
+    "ip_minttl": build_option("ip", "ip_minttl", 21),
+    "ip_tos": build_option("ip", "ip_tos", 1, early=False),
+    "ip_tos.dscp": build_option("ip", "ip_tos", 1, early=False, shift=2, mask=0xFC, symbols=DSCP),
+    "ip_tos.prec": build_option("ip", "ip_tos", 1, early=False, shift=5, mask=0xE0, symbols=PRECEDENCE),
+    "ip_tos.tos": build_option("ip", "ip_tos", 1, early=False, shift=1, mask=0x1E, symbols=TOS),
+}  # fmt: skip
+# Known, but the server's own business or of no use here; ignored with a warning, as Dante.
+IGNORED_OPTIONS = frozenset(
+    "so_error so_reuseaddr so_reuseport so_acceptconn so_type ip_add_membership "
+    "ip_add_source_membership ip_drop_membership ip_drop_source_membership ip_block_source "
+    "ip_unblock_source ip_hdrincl ip_multicast_if ip_multicast_loop ip_multicast_ttl "
+    "ip_options ip_recvtos ip_recvttl".split()
+)
+
+
+def read_option(parser: Parser, keyword: Token) -> tuple[SocketOption, ...]:
+    """Read the value of SIDE.LEVEL.OPTION; () when the option is to be ignored."""
+    side, level_name, name = keyword.text.split(".", 2)
+    if name.isdecimal():
+        check_option_side(parser, keyword)
+        value = parse_number(parser, 0, MAX_OPTION)
+        number = check_range(int(name[:20]), 0, MAX_OPTION, keyword)
+        return (SocketOption(side, level_name, name, LEVELS[level_name], number, value),)
+    if name in IGNORED_OPTIONS:
+        parser.scanner.take_below(VALUE_WORD)
+        parser.warn(f'socket option "{name}" is not for the user to set: it is ignored', keyword)
+        return ()
+    if name not in OPTIONS:
+        raise Mistake(
+            f'unknown socket option "{shorten(name)}"', keyword, find_similar(name, OPTIONS)
+        )
+    option = OPTIONS[name]
+    value = parse_option_value(parser, keyword, option) << option.shift
+    if level_name not in option.levels:
+        # Unlike Dante: it warns and sets whatever has this number at the other level.
+        text = f'socket option "{name}" is not of level "{level_name}": it is ignored'
+        parser.warn(text, keyword, f'write "{side}.{option.levels[0]}.{name}"')
+        return ()
+    check_option_side(parser, keyword)
+    check_option_time(parser, keyword, option)
+    return (SocketOption(side, level_name, name, option.level, option.number, value, option.mask),)
+
+
+def parse_option_value(parser: Parser, keyword: Token, option: Option) -> int:
+    word = parser.scanner.look(VALUE_WORD)
+    if word is None or parser.scanner.look(NUMBER_WORD):
+        high = option.mask >> option.shift if option.mask else MAX_OPTION
+        return parse_number(parser, 0, high)
+    parser.scanner.take(VALUE_WORD)
+    symbols = option.symbols or {}
+    if word.text not in symbols:
+        known = f"{describe_words(symbols)}, or a number" if symbols else "a number"
+        raise Mistake(
+            f'"{shorten(word.text)}" is no value for "{keyword.text}": it must be {known}',
+            word,
+            find_similar(word.text, symbols),
+        )
+    return symbols[word.text]
+
+
+def check_option_side(parser: Parser, keyword: Token) -> None:
+    """Refuse an option for a connection that the rule will never see."""
+    if keyword.text.startswith("internal."):
+        return
+    if parser.draft.context in ("client", "hostid"):
+        raise Mistake(
+            "a client-rule has no external side yet", keyword, "set it in the socks-rule instead"
+        )
+    if parser.draft.verdict == "block":
+        raise Mistake("a rule that blocks never uses the external side", keyword, "leave it out")
+
+
+def check_option_time(parser: Parser, keyword: Token, option: Option) -> None:
+    """Warn of an option that comes too late in a rule for the client's connection."""
+    in_rule = parser.draft.context in ("client", "hostid", "socks")
+    if in_rule and option.early and keyword.text.startswith("internal."):
+        parser.warn(
+            "this option should be set before the client's connection exists, but the rule is "
+            "matched after that",
+            keyword,
+            "set it above the rules, for every connection",
+        )
+
+
+# ---- the keywords
+
+
+class Keyword(NamedTuple):
+    """A keyword of sockd.conf: where it may stand, how its value is read and where it goes.
+
+    A capital word in the name stands for any of its kind (OPTION, LEVEL, PROCESS).  `merge`
+    tells what a second line does: "last" replaces, "list" and "set" add, "reset" adds within
+    a rule and replaces among the globals.
+    """
+
+    name: str
+    contexts: frozenset[str]
+    help: str
+    read: Reader | None = None  # None: the keyword opens a rule, route or monitor
+    fields: tuple[str, ...] = ()  # of the record to be built; () where there is no use for it
+    merge: str = "last"
+
+    @property
+    def status(self) -> str:
+        """WORKS, NOT_YET or NEVER."""
+        return find_status(self.name)
+
+
+IN_FILE = frozenset({"file"})
+IN_GLOBAL = frozenset({"global"})
+IN_SOCKS = frozenset({"socks"})
+IN_CLIENT = frozenset({"client", "hostid"})
+IN_RULES = IN_CLIENT | IN_SOCKS
+IN_ROUTE = frozenset({"route"})
+IN_MONITOR = frozenset({"monitor"})
+
+read_seconds = number(0, MAX_SECONDS)
+read_count = number(0, MAX_OPTION)
+read_positive = number(1, MAX_OPTION)
+
+OBJECT_KEYWORDS = (
+    Keyword("client pass", IN_FILE, "clients that may connect to the server"),
+    Keyword("client block", IN_FILE, "clients that may not connect to the server"),
+    Keyword("hostid pass", IN_FILE, "host ids that may connect to the server"),
+    Keyword("hostid block", IN_FILE, "host ids that may not connect to the server"),
+    Keyword("socks pass", IN_FILE, "requests that the server performs"),
+    Keyword("socks block", IN_FILE, "requests that the server refuses"),
+    Keyword("route", IN_FILE, "the proxy to go through to some targets"),
+    Keyword("monitor", IN_FILE, "traffic to watch, and when to raise an alarm"),
+)
+
+GLOBAL_KEYWORDS = (
+    Keyword("internal", IN_GLOBAL, "address to listen on", read_internal, ("internal",), "list"),
+    Keyword("external", IN_GLOBAL, "address to connect from", read_external, ("external",), "list"),
+    Keyword("internal.protocol", IN_GLOBAL, "address families to listen on",
+            read_families, ("internal_protocols",), "set"),
+    Keyword("external.protocol", IN_GLOBAL, "address families to connect from",
+            read_families, ("external_protocols",), "set"),
+    Keyword("external.rotation", IN_GLOBAL, "how to choose among several external addresses",
+            one_of("none", "route", "same-same"), ("external_rotation",)),
+    Keyword("user.privileged", IN_GLOBAL, "user for what needs privileges",
+            read_user, ("user_privileged",)),
+    Keyword("user.unprivileged", IN_GLOBAL, "user for everything else",
+            read_user, ("user_unprivileged",)),
+    Keyword("user.libwrap", IN_GLOBAL, "user for libwrap", read_user, ("user_libwrap",)),
+    Keyword("logoutput", IN_GLOBAL, "where the log goes: stdout, stderr, syslog[/FACILITY], FILE",
+            read_log_outputs, ("logoutput",), "list"),
+    Keyword("errorlog", IN_GLOBAL, "where errors go besides", read_log_outputs, ("errorlog",), "list"),
+    Keyword("debug", IN_GLOBAL, "how much to log of the server's own doings", read_count, ("debug",)),
+    Keyword("udp.connectdst", IN_GLOBAL, "take UDP replies only from the target",
+            read_yes_or_no, ("udp_connectdst",)),
+    Keyword("compatibility", IN_GLOBAL, "quirks for old clients",
+            some_of("sameport", "draft-5.05"), ("compatibility",), "set"),
+    Keyword("extension", IN_GLOBAL | IN_ROUTE, "Dante's extension of bind",
+            some_of("bind"), ("extension",), "set"),
+    Keyword("srchost", IN_GLOBAL, "checks of the client's DNS entries",
+            some_of("nodnsmismatch", "nodnsunknown", "checkreplyauth"), ("srchost",), "set"),
+    Keyword("resolveprotocol", IN_GLOBAL, "how rules resolve names; fake: not at all",
+            one_of("udp", "tcp", "fake"), ("resolveprotocol",)),
+    Keyword("route.maxfail", IN_GLOBAL, "failures before a route is avoided; 0: never",
+            read_count, ("route_maxfail",)),
+    Keyword("route.badexpire", IN_GLOBAL, "seconds for which a failed route is avoided; 0: for ever",
+            read_seconds, ("route_badexpire",)),
+    Keyword("libwrap.hosts_access", IN_GLOBAL, "ask hosts.allow and hosts.deny first",
+            read_yes_or_no, ("libwrap_hosts_access",)),
+    Keyword("libwrap.allow", IN_GLOBAL, "file to use as hosts.allow", read_file, ("libwrap_allow",)),
+    Keyword("libwrap.deny", IN_GLOBAL, "file to use as hosts.deny", read_file, ("libwrap_deny",)),
+    Keyword("child.maxrequests", IN_GLOBAL, "requests that a worker serves; 0: any number",
+            read_count, ("child_maxrequests",)),
+    Keyword("child.maxlifetime", IN_GLOBAL, "seconds that a worker lives; 0: for ever",
+            read_seconds, ("child_maxlifetime",)),
+    Keyword("cpu.schedule.PROCESS", IN_GLOBAL, "scheduling policy and priority: fifo/20",
+            read_schedule, ("cpu_schedules",), "list"),
+    Keyword("cpu.mask.PROCESS", IN_GLOBAL, "CPUs to run on, or any",
+            read_mask, ("cpu_masks",), "list"),
+    Keyword("passwordfile", IN_GLOBAL, "the server's own accounts for method username",
+            read_file, ("passwordfile",)),
+    Keyword("chroot", IN_GLOBAL, "directory that the workers are locked in",
+            read_directory, ("chroot",)),
+)  # fmt: skip
+
+TIMEOUT_KEYWORDS = (
+    Keyword("timeout.negotiate", IN_GLOBAL | IN_RULES, "seconds to negotiate in; 0: for ever",
+            read_seconds, ("timeouts.negotiate",)),
+    Keyword("timeout.connect", IN_GLOBAL | IN_RULES, "seconds to connect in; 0: the system's limit",
+            read_seconds, ("timeouts.connect",)),
+    Keyword("timeout.io", IN_GLOBAL | IN_RULES, "seconds without traffic, TCP and UDP; 0: for ever",
+            read_seconds, ("timeouts.io_tcp", "timeouts.io_udp")),
+    Keyword("timeout.io.tcp", IN_GLOBAL | IN_RULES, "seconds without traffic on TCP; 0: for ever",
+            read_seconds, ("timeouts.io_tcp",)),
+    Keyword("timeout.io.udp", IN_GLOBAL | IN_RULES, "seconds without traffic on UDP; 0: for ever",
+            read_seconds, ("timeouts.io_udp",)),
+    Keyword("timeout.tcp_fin_wait", IN_GLOBAL | IN_RULES, "seconds half closed; 0: as timeout.io",
+            read_seconds, ("timeouts.tcp_fin_wait",)),
+)  # fmt: skip
+
+RULE_KEYWORDS = (
+    Keyword("from", IN_RULES | IN_ROUTE | IN_MONITOR, "where it comes from", read_pattern, ("source",)),
+    Keyword("to", IN_RULES | IN_ROUTE | IN_MONITOR, "where it goes to", read_pattern, ("target",)),
+    Keyword("via", IN_ROUTE, "the proxy, or direct", read_gateway, ("gateway",)),
+    Keyword("command", IN_SOCKS | IN_MONITOR | IN_ROUTE, "commands to match",
+            some_of(*COMMANDS), ("commands",), "set"),
+    Keyword("protocol", IN_SOCKS | IN_MONITOR | IN_ROUTE, "protocols to match",
+            some_of("tcp", "udp"), ("protocols",), "set"),
+    Keyword("proxyprotocol", IN_SOCKS | IN_ROUTE, "proxy protocols to match, or of the proxy",
+            some_of(*PROXY_PROTOCOLS, http_v1_0="http"), ("proxyprotocols",), "set"),
+    Keyword("clientmethod", IN_GLOBAL | IN_RULES, "how clients are told before they speak",
+            read_client_methods, ("clientmethods",), "reset"),
+    Keyword("socksmethod", IN_GLOBAL | IN_RULES, "how IN_SOCKS clients authenticate",
+            read_methods, ("socksmethods",), "reset"),
+    Keyword("method", IN_ROUTE, "how to authenticate to the proxy",
+            read_route_methods, ("methods",), "list"),
+    Keyword("user", IN_RULES, "users to match", read_names, ("users",), "list"),
+    Keyword("group", IN_RULES, "groups of users to match", read_names, ("groups",), "list"),
+    Keyword("log", IN_RULES, "what to log",
+            some_of(*LOG_EVENTS, iooperation="ioop"), ("log",), "set"),
+    Keyword("pam.servicename", IN_RULES, "service name for PAM",
+            read_service_name, ("pam_servicename",)),
+    Keyword("udp.portrange", IN_SOCKS, "ports for the client's UDP: 40000-45000",
+            read_port_range, ("udp_portrange",)),
+    Keyword("bsdauth.stylename", IN_SOCKS, "style for BSD Authentication",
+            read_service_name, ("bsdauth_stylename",)),
+    Keyword("libwrap", IN_RULES, "options of hosts_options(5)", read_libwrap, ("libwrap",)),
+    Keyword("bandwidth", IN_RULES, "bytes per second for all its sessions together",
+            read_positive, ("bandwidth",)),
+    Keyword("redirect from", IN_RULES | IN_ROUTE, "address to connect from instead",
+            read_pattern, ("redirect.source",)),
+    Keyword("redirect to", IN_RULES, "address to connect to instead",
+            read_target, ("redirect.target",)),
+    Keyword("bounce to", IN_CLIENT, "address to pass the client on to", read_endpoint),
+    Keyword("hostid", IN_RULES | IN_MONITOR, "host id to match", read_pattern),
+    Keyword("hostindex", IN_RULES | IN_MONITOR, "which host id to match",
+            number(0, 255), ("hostindex",)),
+    Keyword("session.max", IN_RULES, "sessions at a time", read_positive, ("session.max",)),
+    Keyword("session.throttle", IN_RULES, "new sessions in a time: CLIENTS/SECONDS",
+            read_throttle, ("session.throttle",)),
+    Keyword("session.state.key", IN_RULES, "what the state limits count by",
+            some_of("from", "hostid"), ("session.state_key",)),
+    Keyword("session.state.key.hostindex", IN_RULES, "which host id to count by", number(0, 255)),
+    Keyword("session.state.max", IN_RULES, "sessions at a time for each key",
+            read_positive, ("session.state_max",)),
+    Keyword("session.state.throttle", IN_RULES, "new sessions in a time for each key",
+            read_throttle, ("session.state_throttle",)),
+    Keyword("session.inheritable", IN_CLIENT, "whether the socks-rule takes the limits over",
+            read_yes_or_no, ("session.inheritable",)),
+    Keyword("gssapi.servicename", IN_RULES | IN_ROUTE, "service name for GSSAPI",
+            read_service_name, ("gssapi.servicename",)),
+    Keyword("gssapi.keytab", IN_RULES | IN_ROUTE, "key table for GSSAPI", read_file, ("gssapi.keytab",)),
+    Keyword("gssapi.enctype", IN_RULES | IN_ROUTE, "protection of GSSAPI messages",
+            some_of("clear", "integrity", "confidentiality", "per-message"),
+            ("gssapi.enctypes",), "list"),
+    Keyword("clientcompatibility", IN_RULES | IN_ROUTE, "quirks of GSSAPI clients",
+            read_necgssapi, ("gssapi.nec",)),
+)  # fmt: skip
+
+# The authorisation and authentication keywords of Dante's LDAP support.
+LDAP_NAMES = (
+    "basedn basedn.hex basedn.hex.all port port.ssl url certfile certpath domain debug mdepth "
+    "ssl auto.off certcheck keeprealm filter filter.ad filter.hex filter.ad.hex attribute "
+    "attribute.ad attribute.hex attribute.ad.hex server group group.hex group.hex.all keytab "
+    "auth.basedn auth.basedn.hex auth.basedn.hex.all auth.port auth.port.ssl auth.url "
+    "auth.certfile auth.certpath auth.domain auth.debug auth.ssl auth.auto.off auth.certcheck "
+    "auth.keeprealm auth.filter auth.server auth.keytab"
+).split()
+LDAP_KEYWORDS = tuple(
+    Keyword(f"ldap.{name}", IN_SOCKS, "lookup of users in LDAP", read_rest) for name in LDAP_NAMES
+)
+
+SIDES = ("internal", "external")
+SIDE_KEYWORDS = tuple(
+    Keyword(f"{side}.{level}.OPTION", IN_GLOBAL | IN_RULES | IN_ROUTE, f"socket option of level {level}",
+            read_option, ("socket_options",), "list")
+    for side in SIDES
+    for level in LEVELS
+) + tuple(
+    Keyword(f"{side}.log.LEVEL.{event}", IN_GLOBAL | IN_RULES, help, read, ("error_logs",), "list")
+    for side in SIDES
+    for event, help, read in (
+        ("error", "errors to log at LEVEL", read_error_log),
+        ("tcp.enabled", "TCP features to log when on", read_tcp_log),
+        ("tcp.disabled", "TCP features to log when off", read_tcp_log),
+    )
+)  # fmt: skip
+
+ALARM_KEYWORDS = tuple(
+    Keyword(f"{side}alarm.{name}", IN_MONITOR, help, read, ("alarms",), "list")
+    for side in ("", "internal.", "external.")
+    for name, help, read in (
+        ("data", "too little data: BYTES in SECONDS", read_data_alarm),
+        ("data.recv", "too little data received: BYTES in SECONDS", read_data_alarm),
+        ("data.send", "too little data sent: BYTES in SECONDS", read_data_alarm),
+        ("disconnect", "too many disconnects: COUNT/SESSIONS [in SECONDS]", read_disconnect_alarm),
+        ("mtu-error", "packets too large for the path", read_mtu_alarm),
+    )
+)
+
+KEYWORDS = {
+    keyword.name: keyword
+    for keyword in (
+        *OBJECT_KEYWORDS,
+        *GLOBAL_KEYWORDS,
+        *TIMEOUT_KEYWORDS,
+        *RULE_KEYWORDS,
+        *LDAP_KEYWORDS,
+        *SIDE_KEYWORDS,
+        *ALARM_KEYWORDS,
+    )
+}
+
+# Old spellings, accepted with a warning.
+LEGACY = {
+    "block": "socks block",
+    "connecttimeout": "timeout.connect",
+    "iotimeout": "timeout.io",
+    "method": "socksmethod",
+    "pamservicename": "pam.servicename",
+    "pass": "socks pass",
+    "user.notprivileged": "user.unprivileged",
+}
+# As Dante: in a client-rule "method" is about the client's connection.
+LEGACY_IN_CLIENT = {"method": "clientmethod"}
+# Accepted and ignored with a warning, as in Dante, whatever their values.
+GONE = (
+    "localdomain",
+    "child.maxidle",
+    "child.maxidle.io",
+    "child.maxidle.negotiate",
+    "child.maxidle.request",
+)
+BUFFER_HINT = 'write e.g. "internal.socket.so_rcvbuf" or "external.socket.so_sndbuf"'
+# Refused with a hint.
+REMOVED = {
+    "realm": "it belongs to another product: leave it out",
+    "socket.recvbuf.tcp": BUFFER_HINT,
+    "socket.recvbuf.udp": BUFFER_HINT,
+    "socket.sendbuf.tcp": BUFFER_HINT,
+    "socket.sendbuf.udp": BUFFER_HINT,
+}
+# What people write for lack of a better word.
+CONFUSED = {"deny": "block", "reject": "block", "drop": "block", "allow": "pass", "permit": "pass"}
+
+CONTEXT_NAMES = {
+    "file": "outside of every rule",
+    "global": "among the global settings",
+    "client": "in a client-rule",
+    "hostid": "in a hostid-rule",
+    "socks": "in a socks-rule",
+    "route": "in a route",
+    "monitor": "in a monitor",
+}
+
+
+def find_keyword(text: str) -> Keyword | None:
+    """Find a keyword as spelled in the file: internal.tcp.tcp_nodelay is internal.tcp.OPTION."""
+    if text in KEYWORDS:
+        return KEYWORDS[text]
+    parts = text.split(".", 3)
+    if len(parts) == 4 and parts[1] == "log":
+        parts[2] = "LEVEL"
+    elif parts[0] in SIDES:
+        parts[2:] = ["OPTION"]
+    elif parts[0] == "cpu":
+        parts[2:] = ["PROCESS"]
+    return KEYWORDS.get(".".join(parts))
+
+
+# ---- settings
+
+
+def take_keyword(parser: Parser) -> Token:
+    word = parser.scanner.take(KEYWORD_WORD)
+    if word:
+        return word
+    parser.draft.broken.add("")
+    found = parser.scanner.take(STRANGE_WORD) or parser.scanner.next_token()
+    hint = 'comments begin with "#"' if found.text[:1] in (";", "/") else ""
+    raise Mistake(f"expected a keyword, not {describe_token(found)}", found, hint)
+
+
+def take_second_word(parser: Parser, word: Token) -> Token:
+    """Complete redirect and bounce, the keywords of two words."""
+    if word.text not in ("redirect", "bounce"):
+        return word
+    second = parser.scanner.take(KEYWORD_WORD)
+    return Token(f"{word.text} {second.text}", word.offset) if second else word
+
+
+def resolve_keyword(parser: Parser, word: Token) -> Keyword:
+    """Find the keyword that `word` means in this context, be it an old spelling."""
+    context = parser.draft.context
+    keyword = find_keyword(word.text)
+    if word.text in LEGACY and not (keyword and context in keyword.contexts):
+        legacy = LEGACY_IN_CLIENT if context in IN_CLIENT else {}
+        new = legacy.get(word.text, LEGACY[word.text])
+        parser.warn_of_old(word, new)
+        keyword = KEYWORDS[new]
+    if keyword is None:
+        parser.draft.broken.add("")
+        raise Mistake(*describe_unknown(word, context))
+    if context not in keyword.contexts:
+        raise Mistake(*describe_misplaced(word, keyword, context))
+    return keyword
+
+
+def describe_unknown(word: Token, context: str) -> tuple[str, Token, str]:
+    if word.text in REMOVED:
+        return f'keyword "{word.text}" cannot be used', word, REMOVED[word.text]
+    here = [name for name in KEYWORDS if context in KEYWORDS[name].contexts]
+    hint = find_similar(word.text, here) or find_similar(word.text, KEYWORDS)
+    return f'unknown keyword "{shorten(word.text)}"', word, hint
+
+
+def describe_misplaced(word: Token, keyword: Keyword, context: str) -> tuple[str, Token, str]:
+    text = f'"{word.text}" cannot stand {CONTEXT_NAMES[context]}'
+    # Wherever a hostid-rule takes a keyword, so does a client-rule.
+    places = [
+        CONTEXT_NAMES[name]
+        for name in CONTEXT_NAMES
+        if name in keyword.contexts and name != "hostid"
+    ]
+    return text, word, f"it must stand {describe_words(places)}"
+
+
+def parse_colon(parser: Parser, keyword: Keyword, word: Token) -> None:
+    # The one keyword that has neither colon nor value.
+    if keyword.name.endswith("alarm.mtu-error") or parser.scanner.take(COLON):
+        return
+    found = parser.scanner.next_token()
+    raise Mistake(f'expected ":" after "{word.text}", not {describe_token(found)}', found)
+
+
+def parse_setting(parser: Parser, word: Token) -> None:
+    """Read one keyword and its value, and keep it in the draft."""
+    if word.text in GONE:
+        parser.warn(f'keyword "{word.text}" has no meaning any more', word, "leave it out")
+        read_rest(parser, word)
+        return
+    word = take_second_word(parser, word)
+    keyword = resolve_keyword(parser, word)
+    parse_colon(parser, keyword, word)
+    if parser.draft is not parser.settings:
+        check_address_order(parser, keyword.name, word)
+    draft = parser.draft
+    draft.last = keyword.name
+    parser.use(keyword.name, word)
+    try:
+        value = keyword.read(parser, word) if keyword.read else None
+    except Mistake:
+        draft.broken.add(keyword.name)
+        raise
+    finally:
+        draft.places[keyword.name] = word
+    store(draft, keyword, value)
+
+
+def store(draft: Draft, keyword: Keyword, value: Any) -> None:
+    """Merge a value with what the draft has of it already."""
+    merge = keyword.merge
+    if merge == "reset":
+        merge = "last" if draft.context == "global" else "list"
+    for field in keyword.fields:
+        if merge == "set":
+            draft.values[field] = draft.values.get(field, frozenset()).union(value)
+        elif merge == "list":
+            draft.values[field] = draft.values.get(field, ()) + value
+        else:
+            draft.values[field] = value
+
+
+FOLLOWS = {"from": "to", "to": "via"}
+
+
+def check_address_order(parser: Parser, name: str, word: Token) -> None:
+    """Insist on from, to and via, each once, in this order, with nothing between them."""
+    draft = parser.draft
+    if name in ("from", "to", "via") and name in draft.places:
+        raise Mistake(f'there are two "{name}" in this {describe_object(draft)}', word)
+    wanted = FOLLOWS.get(draft.last, "")
+    if wanted == "via" and draft.context != "route":
+        wanted = ""
+    if wanted and name != wanted and wanted not in draft.places:
+        parser.error(f'"{wanted}" must follow directly upon "{draft.last}"', word)
+    for first, second in FOLLOWS.items():
+        if name == second and first not in draft.places:
+            parser.error(f'"{first}" must stand before "{second}"', word)
+
+
+# ---- rules, routes and monitors
+
+OBJECT_HEAD = re.compile(
+    r"(?:(?:client|socks|hostid)[ \t]+(?:pass|block)|pass|block|route|monitor)\s*\{"
+)
+
+
+def describe_object(draft: Draft) -> str:
+    return draft.context if draft.context in ("route", "monitor") else f"{draft.context}-rule"
+
+
+def take_object_name(parser: Parser, word: Token) -> str:
+    """Complete what opens a rule, route or monitor; "" when `word` is another keyword."""
+    if parser.scanner.look(COLON):
+        return ""
+    if word.text in ("route", "monitor"):
+        return word.text
+    if word.text in ("pass", "block"):
+        parser.warn_of_old(word, LEGACY[word.text])
+        return LEGACY[word.text]
+    if word.text not in ("client", "socks", "hostid"):
+        return ""
+    verdict = parser.scanner.take(KEYWORD_WORD) or parser.scanner.next_token()
+    if verdict.text not in ("pass", "block"):
+        better = CONFUSED.get(verdict.text)
+        raise Mistake(
+            f'expected pass or block after "{word.text}", not {describe_token(verdict)}',
+            verdict,
+            f'write "{word.text} {better}"' if better else "",
+        )
+    return f"{word.text} {verdict.text}"
+
+
+def parse_object(parser: Parser, word: Token, name: str) -> None:
+    """Read the braces of a rule, route or monitor and what is between them."""
+    context, _, verdict = name.partition(" ")
+    draft = Draft(context, word, parser.scanner.place(word.offset), verdict)
+    parser.use(name, word)
+    parser.draft = draft
+    try:
+        parse_open_brace(parser)
+        parser.objects.append(draft)
+        parse_body(parser)
+    finally:
+        parser.draft = parser.settings
+
+
+def parse_open_brace(parser: Parser) -> None:
+    if parser.scanner.take_below(OPEN_BRACE):
+        return
+    found = parser.scanner.next_token()
+    item = parser.scanner.look(KEYWORD_WORD)
+    keyword = find_keyword(item.text) if item else None
+    complaint = f'expected "{{" and a {describe_object(parser.draft)}, not {describe_token(found)}'
+    if keyword is None or parser.draft.context not in keyword.contexts:
+        raise Mistake(complaint, found)
+    parser.error(complaint, found)
+
+
+def parse_body(parser: Parser) -> None:
+    """Read settings up to and with the closing brace, or to where it must be missing."""
+    scanner = parser.scanner
+    scanner.skip_space()
+    while not scanner.take(CLOSE_BRACE):
+        if scanner.at_end() or OBJECT_HEAD.match(scanner.text, scanner.offset):
+            parser.draft.broken.add("}")
+            parser.error(f'this {describe_object(parser.draft)} has no "}}"', parser.draft.head)
+            return
+        try:
+            parse_setting(parser, take_keyword(parser))
+        except Mistake as mistake:
+            parser.error(str(mistake), mistake.token, mistake.hint)
+            parser.draft.broken.add("")
+            recover(parser)
+        scanner.skip_space()
+    check_addresses(parser)
+
+
+def check_addresses(parser: Parser) -> None:
+    """Complain of missing addresses, once."""
+    draft = parser.draft
+    wanted = ("from", "to", "via") if draft.context == "route" else ("from", "to")
+    missing = [f'"{name}"' for name in wanted if name not in draft.places]
+    if missing:
+        draft.broken.add("")
+        text = f"this {describe_object(draft)} has no {describe_words(missing)}"
+        example = "from: 0/0 to: 0/0" + (" via: direct" if draft.context == "route" else "")
+        parser.error(text, draft.head, f'e.g. "{example}"')
+
+
+def recover(parser: Parser) -> None:
+    """Skip what cannot be understood: to the next keyword, the end of the line or a brace."""
+    scanner = parser.scanner
+    end = UNREAD_LINE.match(scanner.text, scanner.offset).end()
+    comment = scanner.text.find("#", scanner.offset, end)
+    code_end = end if comment < 0 else comment
+    for found in KEYWORD_IN_LINE.finditer(scanner.text, scanner.offset, code_end):
+        if found.group(1) in parser.keywords or find_keyword(found.group(1)):
+            scanner.offset = found.start(1)
+            return
+    scanner.offset = end
+    if parser.draft is parser.settings:
+        scanner.skip_space()
+    if scanner.text.startswith("{", scanner.offset):
+        scanner.offset = UNREAD_BLOCK.match(scanner.text, scanner.offset).end()
+
+
+def parse_statement(parser: Parser) -> None:
+    """Read a global setting, a rule, a route or a monitor."""
+    word = take_keyword(parser)
+    name = take_object_name(parser, word)
+    if name:
+        return parse_object(parser, word, name)
+    if parser.objects and find_keyword(word.text):
+        text = f'the global setting "{word.text}" stands below a rule'
+        parser.error(text, word, "move it above the first rule")
+    return parse_setting(parser, word)
+
+
+def parse_statements(parser: Parser) -> None:
+    parser.scanner.skip_space()
+    while not parser.scanner.at_end():
+        try:
+            parse_statement(parser)
+        except Mistake as mistake:
+            parser.error(str(mistake), mistake.token, mistake.hint)
+            recover(parser)
+        parser.scanner.skip_space()
+
+
+# ---- what the file left out, and the checks of rules
+
+# The methods that can be used on the peer of a bind, and on the sender of a datagram.
+REPLY_METHODS = {
+    "bindreply": frozenset({"none", "rfc931", "pam.any", "pam.address"}),
+    "udpreply": frozenset({"none", "pam.any", "pam.address"}),
+}
+DEFAULT_PROXYPROTOCOLS = ("socks_v4", "socks_v5")
+
+
+def fill_commands(values: dict[str, Any]) -> tuple[frozenset[str], frozenset[str]]:
+    """Derive commands from protocols or the other way round, as Dante; both when silent."""
+    commands = values.get("commands")
+    protocols = values.get("protocols")
+    if commands is None and protocols is None:
+        return frozenset(COMMANDS), frozenset({"tcp", "udp"})
+    if commands is None:
+        tcp = TCP_COMMANDS if "tcp" in protocols else frozenset()
+        return tcp | (UDP_COMMANDS if "udp" in protocols else frozenset()), protocols
+    if protocols is None:
+        # As Dante: connect counts for both.
+        enabled = {"tcp"} if commands & TCP_COMMANDS else set()
+        enabled |= {"udp"} if commands & (UDP_COMMANDS | {"connect"}) else set()
+        return commands, frozenset(enabled)
+    return commands, protocols
+
+
+def check_commands(parser: Parser, draft: Draft) -> None:
+    """Warn of commands that the protocols of the rule rule out."""
+    if not ("command" in draft.places and "protocol" in draft.places):
+        return
+    commands, protocols = fill_commands(draft.values)
+    for protocol, its_commands in (("tcp", TCP_COMMANDS), ("udp", UDP_COMMANDS)):
+        useless = sorted(commands & its_commands)
+        if useless and protocol not in protocols:
+            text = f"{describe_words(useless)} can never match without protocol {protocol}"
+            parser.warn(text, draft.places["command"], f'add "{protocol}" to "protocol"')
+
+
+def check_methods_are_global(
+    parser: Parser, draft: Draft, keyword: str, methods: tuple[str, ...], known: tuple[str, ...]
+) -> None:
+    for method in methods:
+        if method not in known:
+            listed = " ".join(known) or "nothing"
+            parser.error(
+                f'method "{method}" is not among the global ones ("{keyword}: {listed}")',
+                draft.places[keyword],
+                f'add "{method}" to the "{keyword}" above the rules',
+            )
+
+
+def check_none_is_last(
+    parser: Parser, keyword: str, token: Token, methods: tuple[str, ...]
+) -> None:
+    after = methods[methods.index("none") + 1 :] if "none" in methods else ()
+    if after:
+        parser.warn(
+            f'"{keyword}" will never come to {describe_words(after)}, as "none" suits everyone',
+            token,
+            'put "none" last, or leave it out',
+        )
+
+
+def needs_name(values: dict[str, Any]) -> bool:
+    return bool(values.get("users") or values.get("groups"))
+
+
+def fill_client_methods(parser: Parser, draft: Draft) -> tuple[str, ...]:
+    known = parser.settings.values.get("clientmethods") or ("none",)
+    methods = draft.values.get("clientmethods")
+    if methods is None:
+        return known
+    check_methods_are_global(parser, draft, "clientmethod", methods, known)
+    if draft.context != "socks":
+        check_none_is_last(parser, "clientmethod", draft.places["clientmethod"], methods)
+    return methods
+
+
+def fill_socks_methods(
+    parser: Parser, draft: Draft, commands: frozenset[str]
+) -> tuple[str, ...]:
+    known = parser.settings.values.get("socksmethods", ())
+    methods = draft.values.get("socksmethods")
+    if methods is not None:
+        check_methods_are_global(parser, draft, "socksmethod", methods, known)
+        if draft.context != "socks":
+            check_none_is_last(parser, "socksmethod", draft.places["socksmethod"], methods)
+        return methods
+    if draft.context != "socks":
+        return known
+    methods = tuple(method for method in known if suits(method, draft.values, commands))
+    if known and not methods:
+        parser.warn(
+            "no global method suits this rule, so it can never match",
+            draft.head,
+            'give it a "socksmethod" of its own',
+        )
+    return methods
+
+
+def suits(method: str, values: dict[str, Any], commands: frozenset[str]) -> bool:
+    """Tell whether a global method can be of use in a socks-rule that names none."""
+    if needs_name(values) and method not in NAMING_METHODS:
+        return False
+    if commands <= REPLY_COMMANDS:
+        return all(method in REPLY_METHODS[command] for command in commands)
+    return True
+
+
+def is_checked(parser: Parser, check: str) -> bool:
+    return check in parser.settings.values.get("srchost", ())
+
+
+def check_names(parser: Parser, draft: Draft, rule: Rule) -> None:
+    """Refuse a rule that asks for a user whom its methods cannot name."""
+    if not needs_name(draft.values):
+        return
+    token = draft.places.get("user") or draft.places["group"]
+    if rule.commands and rule.commands <= {"udpreply"}:
+        parser.error("a UDP reply comes from no user", token, 'leave "user" and "group" out')
+        return
+    if "udpreply" in rule.commands and is_checked(parser, "checkreplyauth"):
+        parser.error(
+            'with "srchost: checkreplyauth" a rule for UDP replies cannot ask for a user',
+            token,
+            "write a rule of its own for udpreply",
+        )
+        return
+    by_client = draft.context != "socks" or rule.commands <= REPLY_COMMANDS
+    keyword = "clientmethod" if by_client else "socksmethod"
+    methods = rule.clientmethods if by_client else rule.socksmethods
+    unnamed = [method for method in methods if method not in NAMING_METHODS]
+    if unnamed:
+        hint = f'leave "{unnamed[0]}" out of the "{keyword}" of this rule'
+        if by_client:
+            hint = 'give it "clientmethod: rfc931", or ask for the user in a socks-rule'
+        text = f'this rule asks for a user, but {keyword} "{unnamed[0]}" does not tell one'
+        parser.error(text, token, hint)
+
+
+def check_reply_methods(parser: Parser, draft: Draft, rule: Rule) -> None:
+    """Refuse methods that no sender of a reply can perform, as Dante only with clientmethod."""
+    given = "clientmethods" in draft.values and "socksmethods" in draft.values
+    if not given or not rule.commands or not rule.commands <= REPLY_COMMANDS:
+        return
+    for method in rule.socksmethods:
+        for command in sorted(rule.commands):
+            if method not in REPLY_METHODS[command]:
+                parser.error(
+                    f'method "{method}" cannot be used for {command}', draft.places["socksmethod"]
+                )
+                return
+
+
+def check_session(parser: Parser, draft: Draft) -> None:
+    """Check that the limits of a rule fit together."""
+    limits = SessionLimits(**draft.group("session"))
+    places = draft.places
+    limited = [name for name in ("session.state.max", "session.state.throttle") if name in places]
+    if limits.state_key and not limited:
+        parser.error(
+            '"session.state.key" is set, but nothing to count by it',
+            places["session.state.key"],
+            'add "session.state.max" or "session.state.throttle"',
+        )
+    if limited and not limits.state_key:
+        parser.error(
+            f'"{limited[0]}" is set, but not what to count by',
+            places[limited[0]],
+            'add "session.state.key: from"',
+        )
+    if limits.max and limits.state_max and limits.state_max > limits.max:
+        parser.error(
+            f"the limit for each key ({limits.state_max}) is above that for all ({limits.max})",
+            places["session.state.max"],
+        )
+    check_throttles(parser, limits, places)
+
+
+def check_throttles(parser: Parser, limits: SessionLimits, places: dict[str, Token]) -> None:
+    if not limits.throttle or not limits.state_throttle:
+        return
+    clients, seconds = limits.throttle
+    clients_of_key, seconds_of_key = limits.state_throttle
+    if clients_of_key > clients and seconds_of_key <= seconds:
+        text = "the throttle for each key is wider than that for all"
+        parser.error(text, places["session.state.throttle"])
+
+
+def fill_timeouts(parser: Parser, draft: Draft) -> Timeouts:
+    """Copy the global timeouts and put the rule's own in their place."""
+    common = parser.settings.group("timeouts")
+    timeouts = Timeouts(**{**common, **draft.group("timeouts")})
+    if draft.context != "socks" or not 0 < timeouts.io_tcp < timeouts.tcp_fin_wait:
+        return timeouts
+    parser.warn(
+        f"timeout.tcp_fin_wait ({timeouts.tcp_fin_wait}) is longer than timeout.io "
+        f"({timeouts.io_tcp}), so it is reduced to that in this rule",
+        draft.places.get("timeout.tcp_fin_wait", draft.head),
+    )
+    return dataclasses.replace(timeouts, tcp_fin_wait=timeouts.io_tcp)
+
+
+def fill_options(parser: Parser, draft: Draft) -> tuple[SocketOption, ...]:
+    common: tuple[SocketOption, ...] = parser.settings.values.get("socket_options", ())
+    return common + draft.values.get("socket_options", ())
+
+
+def finish_redirect(draft: Draft) -> Redirect | None:
+    ends = draft.group("redirect")
+    return Redirect(**ends) if ends else None
+
+
+def finish_rule(parser: Parser, draft: Draft, number: int) -> Rule:
+    """Build a rule, fill in what it leaves out and check it."""
+    values = draft.plain()
+    commands: frozenset[str] = frozenset()
+    if draft.context == "socks":
+        commands, values["protocols"] = fill_commands(values)
+        check_commands(parser, draft)
+    values |= {
+        "commands": commands,
+        "clientmethods": fill_client_methods(parser, draft),
+        "socksmethods": fill_socks_methods(parser, draft, commands),
+        "timeouts": fill_timeouts(parser, draft),
+        "session": SessionLimits(**draft.group("session")),
+        "redirect": finish_redirect(draft),
+        "gssapi": Gssapi(**draft.group("gssapi")),
+        "socket_options": fill_options(parser, draft),
+    }
+    rule = Rule(draft.context, number, draft.verdict, position=draft.position, **values)
+    check_names(parser, draft, rule)
+    check_reply_methods(parser, draft, rule)
+    check_session(parser, draft)
+    return rule
+
+
+def finish_monitor(parser: Parser, draft: Draft, number: int) -> Monitor:
+    values = draft.plain()
+    alarms = values.pop("alarms", ())
+    values.pop("hostindex", None)
+    values["commands"], values["protocols"] = fill_commands(values)
+    check_commands(parser, draft)
+    check_alarms(parser, draft, alarms)
+    values["alarms"] = tuple(alarm for alarm, _ in alarms)
+    return Monitor(number, position=draft.position, **values)
+
+
+def check_alarms(
+    parser: Parser, draft: Draft, alarms: tuple[tuple[Alarm, Token], ...]
+) -> None:
+    """Warn of a monitor without alarms; refuse an alarm below one that covers all of its kind."""
+    if not alarms:
+        parser.warn("this monitor has no alarm, so it does nothing", draft.head)
+    covered: dict[str, Token] = {}
+    for alarm, token in alarms:
+        if alarm.kind in covered:
+            parser.error(
+                f'"{covered[alarm.kind].text}" covers all {alarm.kind} alarms: none can follow it',
+                token,
+            )
+        if len(alarm.directions) == 2 or alarm.kind == "disconnect" and len(alarm.sides) == 2:
+            covered.setdefault(alarm.kind, token)
+
+
+# ---- routes
+
+
+def finish_route(parser: Parser, draft: Draft, number: int) -> Route:
+    """Build a route, fill in what it leaves out and check it."""
+    values = draft.plain()
+    gateway, endpoint = values.pop("gateway")
+    protocols = values.pop("proxyprotocols", None)
+    is_direct = gateway == "direct"
+    check_route_addresses(parser, draft, is_direct)
+    if endpoint and not endpoint.port:
+        port = HTTP_PORT if protocols == {"http"} else SOCKS_PORT
+        endpoint = endpoint._replace(port=port)
+    named = DEFAULT_PROXYPROTOCOLS if protocols is None else protocols
+    values["proxyprotocols"] = tuple(name for name in PROXY_PROTOCOLS if name in named)
+    values.setdefault("protocols", frozenset({"tcp", "udp"} if is_direct else {"tcp"}))
+    values["extension_bind"] = "bind" in values.pop("extension", ())
+    values["redirect"] = finish_redirect(draft)
+    values["gssapi"] = Gssapi(**draft.group("gssapi"))
+    values["socket_options"] = fill_options(parser, draft)
+    route = Route(
+        number, via=gateway, via_endpoint=endpoint, position=draft.position, **values
+    )
+    if not is_direct:
+        check_proxy(parser, draft, route)
+    return route
+
+
+def check_route_addresses(parser: Parser, draft: Draft, is_direct: bool) -> None:
+    if draft.values["source"].kind == "interface":
+        parser.error(
+            "a route cannot be from an interface", draft.places["from"], "write its network"
+        )
+    if is_direct and "proxyprotocol" in draft.places:
+        parser.error("a direct route has no proxyprotocol", draft.places["proxyprotocol"])
+
+
+def check_proxy(parser: Parser, draft: Draft, route: Route) -> None:
+    """Check that a proxy can do what is asked of it."""
+    protocols = frozenset(route.proxyprotocols)
+    if protocols & {"socks_v4", "socks_v5"} and protocols & {"http", "upnp"}:
+        parser.error(
+            "socks and other proxyprotocols cannot be mixed",
+            draft.places["proxyprotocol"],
+            "write one route for each",
+        )
+    if ("upnp" in protocols) != (route.via == "broadcast"):
+        parser.error(
+            "upnp goes with a gateway found by broadcast, and with no other", draft.places["via"]
+        )
+    if route.commands != {"connect"}:
+        parser.error(
+            "a proxy is only asked to connect",
+            draft.places["command"],
+            'write a route "via: direct" for other commands',
+        )
+    if "username" in route.methods:
+        check_forwarded_password(parser, draft, protocols)
+
+
+def check_forwarded_password(parser: Parser, draft: Draft, protocols: frozenset[str]) -> None:
+    token = draft.places["method"]
+    if "socks_v5" not in protocols:
+        parser.error(
+            'method "username" needs proxyprotocol socks_v5',
+            token,
+            'add "proxyprotocol: socks_v5", or leave the method out',
+        )
+        return
+    if not NAMING_METHODS.intersection(parser.settings.values.get("socksmethods", ())):
+        parser.error(
+            "no client can give a user name to pass on to the proxy: no global method tells one",
+            token,
+            'add "username" to the global "socksmethod"',
+        )
+        return
+    parser.complain(
+        "notice", "this route hands the user names and passwords of clients to the proxy", token
+    )
+
+
+# ---- the whole
+
+FINISHERS: dict[str, Callable[[Parser, Draft, int], object]] = {
+    "client": finish_rule,
+    "hostid": finish_rule,
+    "socks": finish_rule,
+    "route": finish_route,
+    "monitor": finish_monitor,
+}
+COLLECTIONS = {
+    "client": "client_rules",
+    "hostid": "hostid_rules",
+    "socks": "socks_rules",
+    "route": "routes",
+    "monitor": "monitors",
+}
+
+
+def finish_objects(parser: Parser) -> dict[str, Any]:
+    """Build the rules, routes and monitors in the order of the file, each kind counted from 1."""
+    finished: dict[str, list[object]] = {kind: [] for kind in FINISHERS}
+    methods_are_known = not parser.settings.broken & {"clientmethod", "socksmethod"}
+    for draft in parser.objects:
+        if methods_are_known and not draft.broken:
+            number = len(finished[draft.context]) + 1
+            finished[draft.context].append(FINISHERS[draft.context](parser, draft, number))
+    return {COLLECTIONS[kind]: tuple(objects) for kind, objects in finished.items()}
+
+
+def check_internal(parser: Parser) -> None:
+    settings = parser.settings
+    # What could not be read may have been what is missing.
+    if settings.values.get("internal") or settings.broken & {"internal", ""}:
+        return
+    token = settings.places.get("internal")
+    if token:
+        parser.error("no internal address is left: internal.protocol drops them all", token)
+        return
+    parser.complain_of_file(
+        "error",
+        f'{parser.scanner.file} names no address to listen on: "internal" is missing',
+        'e.g. "internal: 127.0.0.1 port = 1080"',
+    )
+
+
+def check_external(parser: Parser) -> None:
+    settings = parser.settings
+    externals = settings.values.get("external", ())
+    token = settings.places.get("external")
+    rotation = settings.values.get("external_rotation", "none")
+    if settings.broken & {"external", ""}:
+        return
+    if not token:
+        parser.complain_of_file(
+            "error",
+            f'{parser.scanner.file} names no address to connect from: "external" is missing',
+            'e.g. "external: eth0"',
+        )
+    elif not externals:
+        parser.error("no external address is left: external.protocol drops them all", token)
+    elif len(externals) > 1 and rotation == "none":
+        parser.warn(
+            'only the first external address is used, as "external.rotation" is "none"',
+            token,
+            'set "external.rotation" to "route" or "same-same"',
+        )
+    elif len(externals) == 1 and rotation == "same-same":
+        place = settings.places["external.rotation"]
+        parser.warn('"same-same" has no effect with one external address', place)
+
+
+def check_global_methods(parser: Parser) -> None:
+    settings = parser.settings
+    methods = settings.values.get("socksmethods", ())
+    if settings.broken & {"socksmethod", ""}:
+        return
+    if methods:
+        check_none_is_last(parser, "socksmethod", settings.places["socksmethod"], methods)
+        return
+    parser.complain_of_file(
+        "warning",
+        f'{parser.scanner.file} sets no "socksmethod": every IN_SOCKS request will be refused',
+        'e.g. "socksmethod: none", or "socksmethod: username"',
+    )
+
+
+def check_rules_exist(parser: Parser) -> None:
+    """Warn of a server that refuses everything.  Unlike Dante, which keeps silent."""
+    passing = {draft.context for draft in parser.objects if draft.verdict != "block"}
+    for context, refused in (("client", "every client"), ("socks", "every request")):
+        if context not in passing:
+            parser.complain_of_file(
+                "warning",
+                f'{parser.scanner.file} has no "{context} pass" rule: {refused} will be refused',
+                f'e.g. "{context} pass {{ from: 10.0.0.0/8 to: 0/0 }}"',
+            )
+
+
+def check_routes(parser: Parser) -> None:
+    settings = parser.settings
+    if settings.values.get("route_maxfail") == 0 and "route.badexpire" in settings.places:
+        parser.warn(
+            '"route.badexpire" has no effect when "route.maxfail" is 0',
+            settings.places["route.badexpire"],
+        )
+
+
+def finish_config(parser: Parser) -> Config | None:
+    """Build and check the whole; None when anything was wrong."""
+    objects = finish_objects(parser)
+    check_global_methods(parser)
+    check_internal(parser)
+    check_external(parser)
+    check_routes(parser)
+    if parser.errors:
+        return None
+    check_rules_exist(parser)
+    values = parser.settings.plain()
+    if objects["client_rules"] or objects["socks_rules"] or objects["hostid_rules"]:
+        # As Dante: the first rule turns an empty list into this.
+        values["clientmethods"] = values.get("clientmethods") or ("none",)
+    return Config(
+        parser.scanner.file,
+        timeouts=Timeouts(**parser.settings.group("timeouts")),
+        uses=tuple(parser.uses),
+        **values,
+        **objects,
+    )
+
+
+def order_of_file(complaint: Complaint) -> tuple[int, int]:
+    if complaint.position is None:
+        return sys.maxsize, 0
+    return complaint.position.line, complaint.position.column
+
+
+def parse_config(
+    text: str, file: str, surroundings: Surroundings
+) -> tuple[Config | None, tuple[Complaint, ...]]:
+    """Turn the text of a configuration file into a Config, and say all that is wrong with it.
+
+    The Config is None exactly when a complaint is an error.  `file` is only for complaints.
+    """
+    if not text:
+        return None, (Complaint("error", f"{file} is empty"),)
+    keywords = frozenset({*KEYWORDS, *LEGACY, *GONE})
+    parser = Parser(Scanner(text, file), surroundings, keywords)
+    try:
+        parse_statements(parser)
+        config = finish_config(parser)
+    except TooManyErrors:
+        config = None
+        parser.complain_of_file("notice", f"{file} has more errors than these {MAX_ERRORS}")
+    return config, tuple(sorted(parser.complaints, key=order_of_file))
+
+
+def find_unsupported(config: Config) -> tuple[Complaint, ...]:
+    """Complain of each use of a keyword or value that is parsed but not acted upon."""
+    complaints = []
+    for name, position in config.uses:
+        reason = find_reason(name)
+        if reason:
+            text = f'"{name}" is not supported yet'
+            if reason != NOT_YET:
+                text = f'"{name}" is not supported here: {reason}'
+            complaints.append(Complaint("error", text, position, hint="leave it out"))
+    return tuple(complaints)
+
+
+def describe_complaint(complaint: Complaint) -> str:
+    """Write a complaint as a compiler does: place, text, the line, a caret and the hint."""
+    where = f"{complaint.position}: " if complaint.position else ""
+    lines = [f"{where}{complaint.level}: {complaint.text}"]
+    if complaint.position and complaint.line_text:
+        lines += describe_line(complaint.line_text, complaint.position.column - 1, complaint.length)
+    if complaint.hint:
+        lines.append(f"    hint: {complaint.hint}")
+    return "\n".join(lines)
+
+
+def describe_line(line: str, start: int, length: int) -> list[str]:
+    """Show a line and mark a part of it; of a long line, what is around that part."""
+    first = max(0, start - SHOWN_COLUMNS // 2) if len(line) > SHOWN_COLUMNS else 0
+    shown = line[first : first + SHOWN_COLUMNS]
+    shown = "".join(char if char.isprintable() or char == "\t" else "?" for char in shown)
+    # Tabs are kept in the margin below, so that the caret stands right whatever their width.
+    margin = "".join("\t" if char == "\t" else " " for char in shown[: start - first])
+    room = max(1, len(shown) - (start - first))
+    return ["    " + shown, "    " + margin + "^" + "~" * (min(length, room) - 1)]
+
+
+# ============================== 5. Rules ==============================
+# Facts and rules to a decision (sockd.conf(5), RULES).  First match wins; behind the last
+# rule stands a built-in block, number 0.  All is pure: whatever must be asked of the outside
+# (DNS, interfaces, groups, identd) is asked of the Lookup that is passed in.
+
+
+class Lookup(Protocol):
+    """Answers about the world; each gives an empty answer where there is none, and never raises."""
+
+    def addresses(self, name: str) -> tuple[Endpoint, ...]: ...
+
+    def names(self, address: Endpoint) -> tuple[str, ...]: ...
+
+    def interface(self, name: str) -> tuple[Endpoint, ...]: ...
+
+    def groups(self, user: str) -> frozenset[str]: ...
+
+    def ident(self) -> str | None: ...
+
+
+class NoLookup:
+    """The Lookup that knows nothing (sockd.conf(5), resolveprotocol: fake)."""
+
+    def addresses(self, name: str) -> tuple[Endpoint, ...]:
+        return ()
+
+    def names(self, address: Endpoint) -> tuple[str, ...]:
+        return ()
+
+    def interface(self, name: str) -> tuple[Endpoint, ...]:
+        return ()
+
+    def groups(self, user: str) -> frozenset[str]:
+        return frozenset()
+
+    def ident(self) -> str | None:
+        return None
+
+
+NO_LOOKUP = NoLookup()
+EVERYWHERE = RuleAddress("any", "0/0")
+NO_RULE_MATCHED = "no rules matched; using default block rule"
+FINAL_CLIENT_BLOCK = Rule("client", 0, "block", EVERYWHERE, EVERYWHERE)
+FINAL_SOCKS_BLOCK = Rule("socks", 0, "block", EVERYWHERE, EVERYWHERE)
+
+# Which bytes of a SOCKS 5 greeting serve a method, best first (seen in danted).
+METHOD_BYTES = {
+    "none": (0,),
+    "gssapi": (1,),
+    "username": (2,),
+    "rfc931": (0, 2, 1),
+    "pam.any": (2, 0, 1),
+    "pam.address": (2, 0, 1),
+    "pam.username": (2,),
+    "bsdauth": (2, 1),
+}
+# What a client that negotiated one method may be checked by instead: a name with a password
+# serves any password database, and no name at all serves those that look at the address only.
+METHOD_UPGRADES = {
+    "username": frozenset({"pam.username", "pam.address", "pam.any", "bsdauth"}),
+    "none": frozenset({"pam.address", "pam.any"}),
+}
+
+
+def match_port(test: PortTest, port: int) -> bool:
+    """Tell whether a port passes a rule's `port` clause.
+
+    >>> match_port(PortTest("range", 80, 90), 90), match_port(PortTest("ne", 80), 80)
+    (True, False)
+    """
+    operator = test.operator
+    if operator == "any":
+        return True
+    if operator == "eq":
+        return port == test.low
+    if operator == "ne":
+        return port != test.low
+    if operator in ("lt", "le"):
+        return port < test.low or (operator == "le" and port == test.low)
+    if operator in ("gt", "ge"):
+        return port > test.low or (operator == "ge" and port == test.low)
+    return test.low <= port <= test.high
+
+
+def address_number(endpoint: Endpoint) -> int:
+    """Return an IP address as an integer."""
+    if endpoint.family == 4:
+        return int.from_bytes(socket.inet_aton(endpoint.host), "big")
+    return int.from_bytes(socket.inet_pton(socket.AF_INET6, endpoint.host.partition("%")[0]), "big")
+
+
+def match_network(pattern: RuleAddress, addresses: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+    """Return those of the addresses that lie in an ipv4 or ipv6 pattern's network."""
+    family, bits = (4, 32) if pattern.kind == "ipv4" else (6, 128)
+    if pattern.prefix == 0:
+        return tuple(a for a in addresses if a.family == family)
+    shift = bits - pattern.prefix
+    network = pattern.network >> shift
+    return tuple(a for a in addresses if a.family == family and address_number(a) >> shift == network)
+
+
+def match_domain_text(domain: str, name: str) -> bool:
+    """Tell whether a host name is, or ends in, a domain.
+
+    Unlike Dante: only at a label border, so `.example.com` does not let `xexample.com` through.
+
+    >>> match_domain_text("example.com", "WWW.Example.com."), match_domain_text("example.com", "xexample.com")
+    (True, False)
+    """
+    name, domain = name.rstrip(".").lower(), domain.rstrip(".").lower()
+    return not domain or name == domain or name.endswith("." + domain)
+
+
+def match_named(
+    pattern: RuleAddress, endpoint: Endpoint, addresses: tuple[Endpoint, ...], lookup: Lookup
+) -> tuple[Endpoint, ...] | None:
+    """match_address for the patterns that are names: domain, host and interface."""
+    if pattern.kind == "domain":
+        names = (endpoint.host,) if endpoint.family == 0 else lookup.names(endpoint)
+        return addresses if any(match_domain_text(pattern.text, name) for name in names) else None
+    if pattern.kind == "host":
+        if endpoint.family == 0 and endpoint.host.rstrip(".").lower() == pattern.text.rstrip(".").lower():
+            return addresses
+        known = {a.host for a in lookup.addresses(pattern.text)}
+    else:
+        known = {a.host for a in lookup.interface(pattern.text)}
+    return tuple(a for a in addresses if a.host in known) or None
+
+
+def match_address(
+    pattern: RuleAddress, endpoint: Endpoint, resolved: tuple[Endpoint, ...], lookup: Lookup
+) -> tuple[Endpoint, ...] | None:
+    """Return those addresses of an endpoint that match a rule's address, or None for no match.
+
+    `resolved` are the addresses of an endpoint that is a name.  A name matches a network as soon as one
+    of its addresses does; a session then uses only those that did, so that what was judged is what
+    is connected to.
+    """
+    if not match_port(pattern.port, endpoint.port):
+        return None
+    addresses = resolved if endpoint.family == 0 else (endpoint,)
+    if pattern.kind == "any":
+        return addresses
+    if pattern.kind in ("ipv4", "ipv6"):
+        return match_network(pattern, addresses) or None
+    return match_named(pattern, endpoint, addresses, lookup)
+
+
+def match_target(rule: Rule, facts: Facts, lookup: Lookup) -> tuple[Endpoint, ...] | None:
+    """match_address for the `to` of a rule, where the target may not be known yet."""
+    if facts.target is not None:
+        return match_address(rule.target, facts.target, facts.addresses, lookup)
+    # As Dante: before the first datagram any pass rule may come to match, but a block rule
+    # counts only where it covers every target.
+    covers_all = rule.target.kind == "any" and rule.target.port.operator == "any"
+    return () if rule.verdict == "pass" or covers_all else None
+
+
+def choose_rule_method(methods: tuple[str, ...], identity: Identity, lookup: Lookup) -> str | None:
+    """Return the method by which a client is to be checked under a rule, or None if none fits."""
+    if identity.method in methods:
+        return identity.method
+    if identity.clientmethod != "none" and identity.clientmethod in methods:
+        return identity.clientmethod
+    upgrades = METHOD_UPGRADES.get(identity.method, frozenset())
+    for method in methods:
+        if method in upgrades or (method == "rfc931" and lookup.ident() is not None):
+            return method
+    return None
+
+
+def match_user(rule: Rule, user: str, lookup: Lookup) -> bool:
+    """Tell whether a user passes the `user` and `group` conditions of a rule."""
+    if rule.users and user not in rule.users:
+        return False
+    return not rule.groups or bool(lookup.groups(user).intersection(rule.groups))
+
+
+def match_identity(rule: Rule, facts: Facts, checks_replies: bool, lookup: Lookup) -> str | None:
+    """Return the method to verify for a rule whose other conditions hold, or None to pass it over."""
+    identity = facts.identity
+    if facts.command in REPLY_COMMANDS:
+        # As Dante: whoever answers cannot authenticate, so replies skip this unless checkreplyauth asks.
+        allowed = not checks_replies or ("none" in rule.socksmethods and not rule.users and not rule.groups)
+        return "none" if allowed else None
+    if identity.clientmethod not in rule.clientmethods:
+        return None
+    method = choose_rule_method(rule.socksmethods, identity, lookup)
+    if method is None:
+        return None
+    user = (lookup.ident() or "") if method == "rfc931" else identity.user
+    return method if match_user(rule, user, lookup) else None
+
+
+def socks_decision(config: Config, facts: Facts, lookup: Lookup) -> Decision:
+    """Judge a request, reply or datagram by the socks-rules.
+
+    A pass is final only when the caller has verified `method` ("none" needs nothing).
+    """
+    fake = config.resolveprotocol == "fake"
+    if fake:
+        judged, lookup = facts._replace(addresses=()), NO_LOOKUP
+    else:
+        judged = facts
+    checks_replies = "checkreplyauth" in config.srchost
+    for rule in config.socks_rules:
+        if (
+            facts.command not in rule.commands
+            or facts.protocol not in rule.protocols
+            or facts.proxyprotocol not in rule.proxyprotocols
+            or match_address(rule.source, facts.source, (), lookup) is None
+        ):
+            continue
+        addresses = match_target(rule, judged, lookup)
+        if addresses is None:
+            continue
+        method = match_identity(rule, facts, checks_replies, lookup)
+        if method is not None:
+            return Decision(rule.verdict, rule, "", facts.addresses if fake else addresses, method)
+    return Decision("block", FINAL_SOCKS_BLOCK, NO_RULE_MATCHED)
+
+
+def choose_client_method(rule: Rule, lookup: Lookup) -> tuple[str, str] | None:
+    """Return (clientmethod, user) by which a client-rule takes a client, or None where none fits."""
+    for method in rule.clientmethods:
+        user = (lookup.ident() or "") if method == "rfc931" else ""
+        if (method != "rfc931" or user) and match_user(rule, user, lookup):
+            return method, user
+    return None
+
+
+def client_decision(config: Config, facts: Facts, lookup: Lookup) -> tuple[Decision, Identity]:
+    """Judge a new connection by the client-rules; facts.target is the address it came in on.
+
+    A pass is final only when the caller has verified the decision's `method`.
+    """
+    for rule in config.client_rules:
+        if (
+            match_address(rule.source, facts.source, (), lookup) is None
+            or facts.target is None
+            or match_address(rule.target, facts.target, (), lookup) is None
+        ):
+            continue
+        chosen = choose_client_method(rule, lookup)
+        if chosen is not None:
+            method, user = chosen
+            return Decision(rule.verdict, rule, method=method), Identity(method, "none", user)
+    return Decision("block", FINAL_CLIENT_BLOCK, NO_RULE_MATCHED), Identity()
+
+
+def choose_method(methods: tuple[str, ...], offered: Iterable[int]) -> int:
+    """Return the byte that answers a SOCKS 5 greeting, in the order of the client-rule's list.
+
+    A SOCKS 4 client counts as one that offers method 0 alone: so a rule that wants a password keeps
+    it out (CVE-2024-54662 in Dante 1.4.0 to 1.4.3 was that it did not).
+
+    >>> choose_method(("username", "none"), (0, 2)), choose_method(("username",), (0,))
+    (2, 255)
+    """
+    offers = frozenset(offered)
+    for method in methods:
+        for byte in METHOD_BYTES.get(method, ()):
+            if byte in offers:
+                return byte
+    return NO_ACCEPTABLE_METHOD
+
+
+def external_endpoints(config: Config, family: int, lookup: Lookup) -> tuple[Endpoint, ...]:
+    """Return the outgoing addresses of one family, in the order of the file."""
+    if f"ipv{family}" not in config.external_protocols:
+        return ()
+    found: list[Endpoint] = []
+    for external in config.external:
+        if external.endpoint is not None:
+            found.append(external.endpoint)
+        else:
+            found += lookup.interface(external.text)
+    return tuple(e for e in found if e.family == family)
+
+
+def external_families(config: Config, lookup: Lookup) -> frozenset[int]:
+    """Return the address families that connections can leave by."""
+    return frozenset(family for family in (4, 6) if external_endpoints(config, family, lookup))
+
+
+PASSWORD_METHODS = frozenset({"username", "pam.username", "bsdauth"})
+
+
+def only_password_method(config: Config) -> str:
+    """Return the one method by which any password would be checked, or "" if that depends on the rule.
+
+    As Dante: only then is a wrong password answered at once; otherwise every password is let
+    in, and judged when the request has found its rule.
+    """
+    methods = PASSWORD_METHODS.intersection(config.socksmethods)
+    if len(methods) != 1:
+        return ""
+    (method,) = methods
+    services = {r.pam_servicename for r in config.socks_rules if method in r.socksmethods}
+    return "" if method == "pam.username" and len(services) > 1 else method
+# ============================== 6. Wire ==============================
+# Bytes to messages and back: RFC 1928, RFC 1929, SOCKS 4 and 4A, and how bytes and names are
+# spelled in a log line.  A decoder returns the message and how many bytes it took, or None when
+# it needs more; it raises ProtocolError at the first byte that cannot be right.  A reply in
+# that error means that the sender is owed a refusal in the form of the message it sent: that
+# REP of SOCKS 5, code 91 of SOCKS 4, a failed status of RFC 1929.  None: close in silence.
+
+Octets = bytes | bytearray | memoryview
+
+# Names of hosts and users are bytes of no known encoding.  Latin-1 maps each byte to one
+# character and back, so a refusal can echo any name and lengths count what is on the wire.
+WIRE_TEXT = "latin-1"
+
+COMMAND4_OF_BYTE = {1: "connect", 2: "bind"}  # SOCKS 4, CD
+BYTE_OF_COMMAND = {command: byte for byte, command in COMMAND_OF_BYTE.items()}
+REPLY_OF_BYTE = {int(reply): reply for reply in Reply}
+REPLY4_BYTES = frozenset(int(reply) for reply in Reply4)
+USERID_MAX = 1024  # bytes; SOCKS 4 sets no limit, Dante takes 1000
+NAME_MAX = 255  # bytes; the length field of RFC 1928 section 5
+LABEL_MAX = 63  # bytes; RFC 1035 section 2.3.4
+
+IPV4_FIELDS = struct.Struct("!B4sH")  # ATYP | ADDR | PORT
+IPV6_FIELDS = struct.Struct("!B16sH")
+FIELDS4 = struct.Struct("!BBH4s")  # VN | CD | DSTPORT | DSTIP, of a SOCKS 4 request and reply
+NAME_MARK = b"\0\0\0\1"  # a DSTIP of 0.0.0.x, x != 0: SOCKS 4A's sign that a name follows
+MAPPED_PREFIX = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96, RFC 4291 section 2.5.5.2
+
+BYTE_ESCAPES = {byte: f"\\{byte:03o}" for byte in range(1, 256) if not 0x20 <= byte < 0x7F}
+BYTE_ESCAPES |= {
+    0x07: "\\a", 0x08: "\\b", 0x09: "\\t", 0x0A: "\\n", 0x0B: "\\v", 0x0C: "\\f", 0x0D: "\\r",
+    0x5C: "\\\\",
+}  # fmt: skip
+# In a record, names stand as METHOD%USER@ADDRESS between blanks, or between quotes.
+TEXT_ESCAPES = BYTE_ESCAPES | {byte: f"\\{byte:03o}" for byte in b'\0 "%@'}
+NUL_BEFORE_DIGIT = re.compile("\0(?=[0-7])")
+BLANK_OR_CONTROL = re.compile("[\0-\x20\x7f]")
+
+
+def escape_bytes(data: Octets) -> str:
+    r"""Spell payload for a log line, as Dante does: C escapes, and octal for the rest.
+
+    >>> print(escape_bytes(b"hi\tthere\r\n\xff\\"))
+    hi\tthere\r\n\377\\
+    """
+    text = str(data, WIRE_TEXT).translate(BYTE_ESCAPES)
+    # As Dante: NUL is \0 unless that would swallow a digit of the payload.
+    return NUL_BEFORE_DIGIT.sub(r"\\000", text).replace("\0", "\\0")
+
+
+def escape_text(text: str) -> str:
+    r"""Spell a user's or host's name so that it cannot break, end or forge a log line.
+
+    >>> print(escape_text("eve@x y\n"))
+    eve\100x\040y\n
+    """
+    # Unlike Dante: its records carry such names raw.  Characters above 255, which never come
+    # from the wire, become \uXXXX.
+    return text.translate(TEXT_ESCAPES).encode("ascii", "backslashreplace").decode("ascii")
+
+
+def find_name_fault(name: str) -> str:
+    """Say why no resolver should be asked for a host name; "" when one may be."""
+    if not name:
+        return "the name is empty"
+    if len(name) > NAME_MAX:
+        return f"the name is longer than {NAME_MAX} bytes"
+    if BLANK_OR_CONTROL.search(name):
+        return "blanks and control characters are not allowed in a name"
+    labels = name.removesuffix(".").split(".")
+    if "" in labels:
+        return "a label of the name is empty"
+    if max(map(len, labels)) > LABEL_MAX:
+        return f"a label of the name is longer than {LABEL_MAX} bytes"
+    return ""
+
+
+def check_host_name(name: str) -> None:
+    """Raise Refused for a host name that no resolver should be asked for."""
+    # Unlike Dante: it cuts a name at a NUL, so what its rules and logs see is not what was sent.
+    fault = find_name_fault(name)
+    if fault:
+        text = f'could not resolve hostname "{escape_text(name)}": {fault}'
+        raise Refused(text, Reply.HOST_UNREACHABLE)
+
+
+def decode_ipv4(data: Octets) -> tuple[Endpoint, int] | None:
+    """Decode an address whose ATYP, the fourth byte, says IPv4."""
+    if len(data) < 10:
+        return None
+    _, address, port = IPV4_FIELDS.unpack_from(data, 3)
+    return Endpoint(socket.inet_ntoa(address), port, 4), 10
+
+
+def decode_ipv6(data: Octets) -> tuple[Endpoint, int] | None:
+    """Decode an address whose ATYP, the fourth byte, says IPv6."""
+    if len(data) < 22:
+        return None
+    _, address, port = IPV6_FIELDS.unpack_from(data, 3)
+    # As Dante: an IPv4-mapped address is the IPv4 address.  Rules on the one would otherwise
+    # not see the other.
+    if address.startswith(MAPPED_PREFIX):
+        return Endpoint(socket.inet_ntoa(address[12:]), port, 4), 22
+    return Endpoint(socket.inet_ntop(socket.AF_INET6, address), port, 6), 22
+
+
+def decode_name(data: Octets) -> tuple[Endpoint, int] | None:
+    """Decode an address whose ATYP, the fourth byte, says name; any bytes, even none, are one."""
+    if len(data) < 5:
+        return None
+    end = 5 + data[4]
+    if len(data) < end + 2:
+        return None
+    return Endpoint(str(data[5:end], WIRE_TEXT), data[end] << 8 | data[end + 1], 0), end + 2
+
+
+ADDRESS_DECODERS = {ATYP_IPV4: decode_ipv4, ATYP_NAME: decode_name, ATYP_IPV6: decode_ipv6}
+
+
+def decode_address(data: Octets, owed: Reply | None = None) -> tuple[Endpoint, int] | None:
+    """Decode the address after the first three bytes of a request, reply or UDP header.
+
+    The int counts these three as well.  Raise ProtocolError, with `owed`, for an unknown ATYP.
+    """
+    if len(data) < 4:
+        return None
+    decoder = ADDRESS_DECODERS.get(data[3])
+    if decoder is None:
+        raise ProtocolError(f"unknown socks_v5 address type: {data[3]}", owed)
+    return decoder(data)
+
+
+def encode_address(endpoint: Endpoint) -> bytes:
+    """Encode ATYP, ADDR and PORT (RFC 1928 section 5); the scope of an address is left out."""
+    host, port, family = endpoint
+    if family == 4:
+        return IPV4_FIELDS.pack(ATYP_IPV4, socket.inet_aton(host), port)
+    if family == 6:
+        address = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+        return IPV6_FIELDS.pack(ATYP_IPV6, address, port)
+    name = host.encode(WIRE_TEXT)
+    return bytes((ATYP_NAME, len(name))) + name + port.to_bytes(2, "big")
+
+
+# VER | NMETHODS | METHODS   (RFC 1928 section 3)
+
+
+def decode_greeting(data: Octets) -> tuple[tuple[int, ...], int] | None:
+    r"""Decode the method bytes that a client offers, in its order.
+
+    >>> decode_greeting(b"\x05\x02\x00\x02+")
+    ((0, 2), 4)
+    """
+    if not data:
+        return None
+    if data[0] != SOCKS5:
+        raise ProtocolError(f"unknown SOCKS version {data[0]} in client request")
+    if len(data) < 2 or len(data) < 2 + data[1]:
+        return None
+    used = 2 + data[1]
+    return tuple(data[2:used]), used
+
+
+def encode_greeting(methods: Iterable[int]) -> bytes:
+    """Encode the offer of these method bytes."""
+    offered = bytes(methods)
+    return bytes((SOCKS5, len(offered))) + offered
+
+
+# VER | METHOD   (RFC 1928 section 3)
+
+
+def decode_method(data: Octets) -> tuple[int, int] | None:
+    """Decode the method byte that the next hop has selected."""
+    if not data:
+        return None
+    if data[0] != SOCKS5:
+        raise ProtocolError(f"unknown SOCKS version {data[0]} in method selection")
+    return (data[1], 2) if len(data) > 1 else None
+
+
+def encode_method(method: int) -> bytes:
+    """Encode the selection of a method byte, or of NO_ACCEPTABLE_METHOD."""
+    return bytes((SOCKS5, method))
+
+
+# VER | ULEN | UNAME | PLEN | PASSWD   (RFC 1929 section 2)
+
+
+def decode_password(data: Octets) -> tuple[tuple[str, bytes], int] | None:
+    """Decode user name and password; either may be empty."""
+    if not data:
+        return None
+    if data[0] != PASSWORD_VERSION:
+        # The text is the one that Dante logs.
+        text = "recv_unamever(): unknown socks_v5 version on username packet from client"
+        raise ProtocolError(f"{text}: {data[0]}")
+    if len(data) < 2 or len(data) < 3 + data[1]:
+        return None
+    user_end = 2 + data[1]
+    end = user_end + 1 + data[user_end]
+    if len(data) < end:
+        return None
+    user, password = bytes(data[2:user_end]), bytes(data[user_end + 1 : end])
+    # Unlike Dante: what PAM and crypt(3) would read as the end of the text is refused here.
+    if 0 in user or 0 in password:
+        raise ProtocolError("NUL in username packet from client", Reply.NOT_ALLOWED)
+    return (user.decode(WIRE_TEXT), password), end
+
+
+def encode_password(user: str, password: bytes) -> bytes:
+    """Encode user name and password, of at most 255 bytes each."""
+    name = user.encode(WIRE_TEXT)
+    head = bytes((PASSWORD_VERSION, len(name))) + name
+    return head + bytes((len(password),)) + password
+
+
+# VER | STATUS   (RFC 1929 section 2)
+
+
+def decode_password_status(data: Octets) -> tuple[bool, int] | None:
+    """Decode whether the next hop has accepted the password."""
+    if not data:
+        return None
+    if data[0] != PASSWORD_VERSION:
+        raise ProtocolError(f"unknown version {data[0]} in username reply")
+    return (data[1] == 0, 2) if len(data) > 1 else None
+
+
+def encode_password_status(ok: bool) -> bytes:
+    """Encode whether the password was right."""
+    return bytes((PASSWORD_VERSION, 0 if ok else 1))
+
+
+# VN | CD | DSTPORT | DSTIP | USERID | NULL   (SOCKS 4)
+# and behind it DOMAIN | NULL when DSTIP is 0.0.0.x with x != 0   (SOCKS 4A)
+
+
+def decode_string(data: Octets, start: int, limit: int, what: str) -> tuple[str, int] | None:
+    """Decode the text up to a NUL, of at most `limit` bytes; the int is where the next begins."""
+    piece = bytes(data[start : start + limit + 1])
+    length = piece.find(0)
+    if length >= 0:
+        return piece[:length].decode(WIRE_TEXT), start + length + 1
+    if len(piece) > limit:
+        text = f"{what} of more than {limit} bytes in socks_v4 request"
+        raise ProtocolError(text, Reply.FAILURE)
+    return None
+
+
+def check_start4(data: Octets) -> None:
+    """Raise ProtocolError for a VN or CD that no SOCKS 4 request has, as soon as it is there."""
+    if data and data[0] != SOCKS4:
+        raise ProtocolError(f"unknown SOCKS version {data[0]} in client request")
+    if len(data) > 1 and data[1] not in COMMAND4_OF_BYTE:
+        # Unlike Dante: the client gets its rejection, and command 3 is like any other.
+        text = f"unknown socks_v4 command: {data[1]}"
+        raise ProtocolError(text, Reply.COMMAND_NOT_SUPPORTED)
+
+
+def is_name_mark(address: bytes) -> bool:
+    """Tell whether a DSTIP announces a name (SOCKS 4A)."""
+    return address[:3] == NAME_MARK[:3] and address[3] != 0
+
+
+def decode_request4(data: Octets) -> tuple[Request, int] | None:
+    """Decode a request of SOCKS 4 or 4A."""
+    check_start4(data)
+    if len(data) < FIELDS4.size:
+        return None
+    _, command, port, address = FIELDS4.unpack_from(data)
+    found = decode_string(data, FIELDS4.size, USERID_MAX, "user id")
+    if found is None:
+        return None
+    user, used = found
+    target = Endpoint(socket.inet_ntoa(address), port, 4)
+    # Unlike Dante: it takes 0.0.0.x for the address itself, and the name for payload.
+    if is_name_mark(address):
+        found = decode_string(data, used, NAME_MAX, "host name")
+        if found is None:
+            return None
+        name, used = found
+        target = Endpoint(name, port, 0)
+    return Request(SOCKS4, COMMAND4_OF_BYTE[command], target, user), used
+
+
+def encode_request4(request: Request) -> bytes:
+    """Encode a request of SOCKS 4, or of 4A for a name; raise Refused if they cannot carry it."""
+    host, port, family = request.target
+    address = socket.inet_aton(host) if family == 4 else NAME_MARK
+    texts = (request.user, host) if family == 0 else (request.user,)
+    # The address 0.0.0.x would announce a name that does not follow, and a NUL would make the
+    # rest of a user's text the name, and the rest of a name payload.
+    if is_name_mark(address) != (family == 0) or "\0" in "".join(texts):
+        text = f"socks_v4 cannot carry a request for {escape_text(str(request.target))}"
+        raise Refused(text, Reply.ADDRESS_TYPE_NOT_SUPPORTED)
+    head = FIELDS4.pack(SOCKS4, BYTE_OF_COMMAND[request.command], port, address)
+    return head + b"".join(text.encode(WIRE_TEXT) + b"\0" for text in texts)
+
+
+# VN | CD | DSTPORT | DSTIP   (SOCKS 4)
+
+
+def decode_reply4(data: Octets) -> tuple[tuple[bool, Endpoint], int] | None:
+    """Decode whether the next hop has granted a request of SOCKS 4, and its address."""
+    if data and data[0] != SOCKS4_REPLY_VERSION:
+        raise ProtocolError(f"unknown version {data[0]} in socks_v4 reply")
+    if len(data) > 1 and data[1] not in REPLY4_BYTES:
+        raise ProtocolError(f"unknown socks_v4 reply: {data[1]}")
+    if len(data) < FIELDS4.size:
+        return None
+    _, code, port, address = FIELDS4.unpack_from(data)
+    granted = code == Reply4.GRANTED
+    return (granted, Endpoint(socket.inet_ntoa(address), port, 4)), FIELDS4.size
+
+
+def encode_reply4(granted: bool, bound: Endpoint) -> bytes:
+    """Encode the answer to a request of SOCKS 4; what is not IPv4 becomes 0.0.0.0."""
+    # As Dante: every failure is 91, also where 92 and 93 would say more.
+    code = Reply4.GRANTED if granted else Reply4.REJECTED
+    host = bound.host if bound.family == 4 else UNSPECIFIED.host
+    return FIELDS4.pack(SOCKS4_REPLY_VERSION, code, bound.port, socket.inet_aton(host))
+
+
+# VER | CMD | RSV | ATYP | DST.ADDR | DST.PORT   (RFC 1928 section 4)
+
+
+def decode_request(data: Octets) -> tuple[Request, int] | None:
+    r"""Decode a request; its first byte decides between SOCKS 5 and 4.
+
+    >>> decode_request(b"\5\1\0\3\1x\0P")[0].target
+    Endpoint(host='x', port=80, family=0)
+    """
+    if not data:
+        return None
+    if data[0] == SOCKS4:
+        # As Dante: also where the greeting was SOCKS 5.
+        return decode_request4(data)
+    if data[0] != SOCKS5:
+        raise ProtocolError("local client protocol error")
+    command = COMMAND_OF_BYTE.get(data[1]) if len(data) > 1 else ""
+    if command is None:
+        # Unlike Dante, which hangs up: RFC 1928 has a reply for it.
+        text = f"unknown socks_v5 command: {data[1]}"
+        raise ProtocolError(text, Reply.COMMAND_NOT_SUPPORTED)
+    # Unlike Dante, which hangs up here too and logs the command byte.
+    found = decode_address(data, Reply.ADDRESS_TYPE_NOT_SUPPORTED)
+    if found is None:
+        return None
+    # As Dante: RSV may be anything.
+    return Request(SOCKS5, command, found[0], "", data[2]), found[1]
+
+
+def encode_request(request: Request) -> bytes:
+    """Encode a request in the form of its version, SOCKS 5 or 4."""
+    if request.version == SOCKS4:
+        return encode_request4(request)
+    head = bytes((SOCKS5, BYTE_OF_COMMAND[request.command], request.flags))
+    return head + encode_address(request.target)
+
+
+# VER | REP | RSV | ATYP | BND.ADDR | BND.PORT   (RFC 1928 section 6)
+
+
+def decode_reply(data: Octets) -> tuple[tuple[Reply, Endpoint], int] | None:
+    """Decode the next hop's reply and address; an unassigned REP is Reply.FAILURE."""
+    if data and data[0] != SOCKS5:
+        raise ProtocolError(f"unknown SOCKS version {data[0]} in socks_v5 reply")
+    found = decode_address(data)
+    if found is None:
+        return None
+    code = data[1]
+    return (REPLY_OF_BYTE.get(code, Reply.FAILURE), found[0]), found[1]
+
+
+def encode_reply(reply: Reply, bound: Endpoint) -> bytes:
+    """Encode a reply of SOCKS 5; refusals echo the target, also a name."""
+    return bytes((SOCKS5, reply, 0)) + encode_address(bound)
+
+
+def encode_reply_for(version: int, reply: Reply, bound: Endpoint) -> bytes:
+    """Encode a reply in the form of the request's version, SOCKS 5 or 4."""
+    if version == SOCKS4:
+        return encode_reply4(reply == Reply.SUCCEEDED, bound)
+    return encode_reply(reply, bound)
+
+
+# RSV | FRAG | ATYP | DST.ADDR | DST.PORT | DATA   (RFC 1928 section 7)
+
+
+def decode_udp(datagram: Octets) -> tuple[Endpoint, int]:
+    """Decode a datagram's header to its target (from a next hop: source) and length in bytes.
+
+    Raise ProtocolError, never with a reply, for a datagram that is to be dropped.
+    """
+    # As Dante: RSV may be anything.
+    if len(datagram) > 2 and datagram[2] != 0:
+        raise ProtocolError("fragmented socks udp packets are not supported")
+    decoder = ADDRESS_DECODERS.get(datagram[3]) if len(datagram) > 3 else None
+    found = decoder(datagram) if decoder else None
+    if found is not None:
+        return found
+    raise ProtocolError(
+        f"SOCKS protocol error in socks udp packet of length {len(datagram)}.  "
+        "Could not extract valid address from SOCKS UDP header"
+    )
+
+
+def encode_udp_header(source: Endpoint) -> bytes:
+    """Encode the header of a datagram that came from `source`, or to a next hop goes there."""
+    return b"\0\0\0" + encode_address(source)
+
+
+# ============================== 7. Logging ==============================
+# The one writer of logs.  A record is one write(2), so lines of several processes never mix.
+# The formats are Dante's, byte for byte, because log parsers and fail2ban read them.
+
+LEVEL_WORDS = {
+    "emergency": 0, "alert": 1, "critical": 2, "error": 3,
+    "warning": 4, "notice": 5, "info": 6, "debug": 7,
+}  # fmt: skip  (word in the line -> syslog severity, RFC 5424 section 6.2.1)
+SYSLOG_FACILITIES = {
+    "auth": 4, "authpriv": 10, "daemon": 3, "user": 1, "local0": 16, "local1": 17, "local2": 18,
+    "local3": 19, "local4": 20, "local5": 21, "local6": 22, "local7": 23,
+}  # fmt: skip  (those that danted knows; numbers from RFC 5424)
+SYSLOG_SOCKET = "/dev/log"
+SYSLOG_TIMEOUT_SECONDS = 1.0  # a stuck syslogd loses lines rather than sessions
+LOG_FILE_MODE = 0o640  # As Dante.
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+class LogTarget:
+    """One place that log records go to.  Owns its descriptor unless it is stdout or stderr."""
+
+    def __init__(self, name: str) -> None:
+        """Open the target called `name` in logoutput; OSError if it cannot be opened."""
+        self.name = name
+        self.facility = -1
+        self.syslog: socket.socket | None = None
+        kind, _, facility = name.partition("/")
+        if name in ("stdout", "stderr"):
+            self.descriptor = 1 if name == "stdout" else 2
+        elif kind == "syslog":
+            self.facility = SYSLOG_FACILITIES[facility or "daemon"]
+            self.syslog = open_syslog()
+            self.descriptor = self.syslog.fileno()
+        else:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
+            self.descriptor = os.open(name.encode("latin-1"), flags, LOG_FILE_MODE)
+
+    @classmethod
+    def adopted(cls, name: str, descriptor: int) -> LogTarget:
+        """Return a target that another process has opened; the descriptor becomes its own."""
+        target = cls.__new__(cls)
+        kind, _, facility = name.partition("/")
+        target.name, target.descriptor, target.facility, target.syslog = name, descriptor, -1, None
+        if kind == "syslog":
+            target.facility = SYSLOG_FACILITIES[facility or "daemon"]
+            target.syslog = socket.socket(fileno=descriptor)
+            target.syslog.settimeout(SYSLOG_TIMEOUT_SECONDS)
+        return target
+
+    def close(self) -> None:
+        if self.syslog is not None:
+            self.syslog.close()
+        elif self.descriptor > 2:
+            os.close(self.descriptor)
+
+    def write(self, stamp: str, source: str, severity: int, text: str) -> None:
+        """Write one record; a target that fails loses it, as there is nobody left to tell."""
+        try:
+            if self.syslog is None:
+                os.write(self.descriptor, f"{stamp}{source}: {text}\n".encode("utf-8", "backslashreplace"))
+                return
+            head = f"<{self.facility * 8 + severity}>{stamp.partition(' (')[0]} {source}"
+            self.syslog.send(f"{head}: {text}\n".encode("utf-8", "backslashreplace"))
+        except OSError:
+            pass
+
+
+def open_syslog() -> socket.socket:
+    """Return a socket connected to the local syslog daemon."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.settimeout(SYSLOG_TIMEOUT_SECONDS)
+        connection.connect(SYSLOG_SOCKET)
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+class Log:
+    """Where records go: `logoutput` gets all of them, `errorlog` warnings and worse.
+
+    Shared by all threads of a process; it holds no lock, as a record is one system call.
+    """
+
+    def __init__(self, program: str, debug: int = 0) -> None:
+        self.program = program
+        self.debug_level = debug
+        self.targets: tuple[LogTarget, ...] = ()
+        self.error_targets: tuple[LogTarget, ...] = ()
+        self._second = -1
+        self._stamp = ""
+
+    def open(self, logoutput: Iterable[str], errorlog: Iterable[str]) -> None:
+        """Open the targets afresh; those that cannot be opened are reported to the others.
+
+        As Dante: the server runs on without a log that cannot be opened.
+        """
+        old = self.targets + self.error_targets
+        failures: list[str] = []
+        self.targets = self._open_all(logoutput, failures)
+        self.error_targets = self._open_all(errorlog, failures)
+        for target in old:
+            target.close()
+        for failure in failures:
+            self.write("warning", failure)
+
+    def _open_all(self, names: Iterable[str], failures: list[str]) -> tuple[LogTarget, ...]:
+        opened = []
+        for name in names:
+            try:
+                opened.append(LogTarget(name))
+            except OSError as error:
+                failures.append(f'could not open logfile "{name}": {error.strerror}')
+        return tuple(opened)
+
+    def export(self) -> tuple[list[bytes], list[int]]:
+        """Return names and descriptors of the targets, for `adopt` in another process."""
+        names = [*(t.name for t in self.targets), "", *(t.name for t in self.error_targets)]
+        descriptors = [t.descriptor for t in self.targets + self.error_targets]
+        return [name.encode("latin-1") for name in names], descriptors
+
+    def adopt(self, names: list[bytes], descriptors: list[int]) -> None:
+        """Go on with targets that another process has opened: in a jail there is no file to open."""
+        old = self.targets + self.error_targets
+        adopted: list[LogTarget | None] = []
+        left = iter(descriptors)
+        for name in names:
+            adopted.append(LogTarget.adopted(name.decode("latin-1"), next(left)) if name else None)
+        border = adopted.index(None)
+        self.targets = tuple(t for t in adopted[:border] if t)
+        self.error_targets = tuple(t for t in adopted[border:] if t)
+        for target in old:
+            target.close()
+
+    def close(self) -> None:
+        for target in self.targets + self.error_targets:
+            target.close()
+        self.targets = self.error_targets = ()
+
+    def _now(self) -> str:
+        now = time.time()
+        second = int(now)
+        if second != self._second:
+            # The stamp is set before the second, so that another thread never pairs the two wrongly
+            # for longer than it takes to write them.
+            local = time.localtime(second)
+            self._stamp = (
+                f"{MONTHS[local.tm_mon - 1]} {local.tm_mday:2d} "
+                f"{local.tm_hour:02d}:{local.tm_min:02d}:{local.tm_sec:02d}"
+            )
+            self._second = second
+        return f"{self._stamp} ({second}.{int((now - second) * 1000000):06d}) "
+
+    def write(self, level: str, text: str) -> None:
+        """Write one record at a level of LEVEL_WORDS."""
+        severity = LEVEL_WORDS[level]
+        stamp, source = self._now(), f"{self.program}[{os.getpid()}]"
+        for target in self.targets:
+            target.write(stamp, source, severity, f"{level}: {text}")
+        if severity <= LEVEL_WORDS["warning"]:
+            for target in self.error_targets:
+                target.write(stamp, source, severity, f"{level}: {text}")
+
+    def debug(self, text: str) -> None:
+        if self.debug_level:
+            self.write("debug", text)
+
+
+def describe_client(endpoint: Endpoint, method: str = "none", user: str = "") -> str:
+    """Return a client as Dante prints it: with method and user where it has named itself.
+
+    Unlike Dante: what would forge or split a line is escaped in the user's name.
+    """
+    if method in ("none", "pam.address") or not user:
+        return str(endpoint)
+    return f"{method}%{escape_text(user)}@{endpoint}"
+
+
+def describe_endpoint(endpoint: Endpoint) -> str:
+    """Return an endpoint for a log line; names come from clients, so they are escaped."""
+    return str(endpoint) if endpoint.family else f"{escape_text(endpoint.host)}.{endpoint.port}"
+
+
+def describe_count(number: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    >>> describe_count(1, "byte"), describe_count(0, "second")
+    ('1 byte', '0 seconds')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def describe_event(verdict: str, rule: Rule, event: str, bracket: str, rest: str) -> str:
+    """Return a session line: `pass(1): tcp/connect [: REST`."""
+    return f"{verdict}({rule.number}): {event} {bracket}: {rest}"
+
+
+LOGS_A_BLOCK = frozenset({"connect", "disconnect", "data", "ioop"})  # As Dante: not by `error` alone.
+LOGS_AN_ERROR = frozenset({"error", "disconnect"})
+
+
+# ============================== 8. Operating system ==============================
+# What Python's library does not offer, through ctypes.  Each wrapper raises OSError as the os
+# module does; structures and constants name the header that they come from.
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
+IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
+SIOCATMARK = 0x8905  # asm-generic/sockios.h
+AF_INET_FAMILY = {socket.AF_INET: 4, socket.AF_INET6: 6}
+FAMILY_OF = {4: socket.AF_INET, 6: socket.AF_INET6}
+
+
+class IfAddrs(ctypes.Structure):
+    """struct ifaddrs (ifaddrs.h), as far as the address."""
+
+
+IfAddrs._fields_ = [
+    ("ifa_next", ctypes.POINTER(IfAddrs)),
+    ("ifa_name", ctypes.c_char_p),
+    ("ifa_flags", ctypes.c_uint),
+    ("ifa_addr", ctypes.c_void_p),
+]
+
+
+@functools.lru_cache(maxsize=None)
+def load_library(name: str) -> ctypes.CDLL:
+    """Return a system library; OSError where it is missing.  "" is the C library itself.
+
+    ctypes.util.find_library is of no use: on small systems it has no compiler or ldconfig to ask.
+    """
+    return ctypes.CDLL(name or None, use_errno=True)
+
+
+def system_error(call: str) -> OSError:
+    """Return the OSError of a C call that has just failed."""
+    number = ctypes.get_errno()
+    return OSError(number, f"{call}: {os.strerror(number)}")
+
+
+def prctl(option: int, value: int) -> None:
+    """prctl(2) with one argument."""
+    if load_library("").prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        raise system_error("prctl")
+
+
+def decode_sockaddr(address: int) -> Endpoint | None:
+    """Return the IP address in a struct sockaddr in memory, or None for another family."""
+    (family,) = struct.unpack("=H", ctypes.string_at(address, 2))
+    if family == socket.AF_INET:
+        return Endpoint(socket.inet_ntoa(ctypes.string_at(address + 4, 4)), 0, 4)
+    if family != socket.AF_INET6:
+        return None
+    host = socket.inet_ntop(socket.AF_INET6, ctypes.string_at(address + 8, 16))
+    (scope,) = struct.unpack("=I", ctypes.string_at(address + 24, 4))
+    return Endpoint(f"{host}%{socket.if_indextoname(scope)}" if scope else host, 0, 6)
+
+
+def interface_addresses() -> dict[str, tuple[Endpoint, ...]]:
+    """Return every network interface with its current IP addresses (getifaddrs(3))."""
+    found: dict[str, tuple[Endpoint, ...]] = {name: () for _, name in socket.if_nameindex()}
+    libc = load_library("")
+    head = ctypes.POINTER(IfAddrs)()
+    if libc.getifaddrs(ctypes.byref(head)) != 0:
+        raise system_error("getifaddrs")
+    try:
+        entry = head
+        while entry:
+            record = entry.contents
+            endpoint = decode_sockaddr(record.ifa_addr) if record.ifa_addr else None
+            if endpoint is not None:
+                name = record.ifa_name.decode()
+                found[name] = (*found.get(name, ()), endpoint)
+            entry = record.ifa_next
+    finally:
+        libc.freeifaddrs(head)
+    return found
+
+
+def resolve_name(name: str, families: Iterable[int] = (4, 6)) -> tuple[Endpoint, ...]:
+    """Return the addresses of a host name in the system's order, without duplicates; OSError if none.
+
+    The name goes to the resolver as bytes: as text it would pass through the idna codec, which
+    is imported late and refuses names that DNS allows.
+    """
+    wanted = frozenset(families)
+    family = FAMILY_OF[min(wanted)] if len(wanted) == 1 else socket.AF_UNSPEC
+    found: dict[Endpoint, None] = {}
+    for answer in socket.getaddrinfo(name.encode("latin-1"), None, family, socket.SOCK_STREAM):
+        host = str(answer[4][0])
+        if host.startswith("::ffff:") and "." in host:
+            found[Endpoint(host[7:], 0, 4)] = None
+        elif answer[0] in AF_INET_FAMILY:
+            found[Endpoint(host, 0, AF_INET_FAMILY[answer[0]])] = None
+    return tuple(endpoint for endpoint in found if endpoint.family in wanted)
+
+
+def reverse_names(address: Endpoint) -> tuple[str, ...]:
+    """Return the names that an address maps back to; OSError if it has none."""
+    name, aliases, _ = socket.gethostbyaddr(address.host)
+    return (name, *aliases)
+
+
+def crypt_library() -> ctypes.CDLL:
+    """Return the library with crypt(3): libcrypt, or the C library itself (musl)."""
+    for name in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.so"):
+        try:
+            return load_library(name)
+        except OSError:
+            continue
+    return load_library("")
+
+
+def crypt(password: bytes, setting: bytes) -> bytes:
+    """Return crypt(3)'s hash of a password under a setting; OSError where the system cannot.
+
+    Only for processes with one thread: crypt(3) answers in static memory.
+    """
+    try:
+        function = crypt_library().crypt
+    except AttributeError:
+        raise OSError(errno.ENOSYS, "crypt: not in this system's C library") from None
+    function.restype = ctypes.c_char_p
+    function.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+    answer: bytes | None = function(password, setting)
+    if answer is None or answer.startswith(b"*"):  # "*0" and "*1" are how libcrypt says no
+        raise OSError(errno.EINVAL, "crypt: unknown kind of hash")
+    return answer
+
+
+TCP_STATES = (
+    "", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT",
+    "CLOSE", "CLOSE_WAIT", "LAST_ACK", "LISTEN", "CLOSING",
+)  # fmt: skip  (linux/tcp_states.h)
+TCP_CA_STATES = ("Open", "Disorder", "CWR", "Recovery", "Loss")  # linux/tcp.h
+TCP_OPTIONS = ((1, "TS"), (2, "SACK"), (4, "Wscale"), (8, "ECN"))
+TCP_INFO_FORMAT = struct.Struct("=8B24I")  # struct tcp_info of linux/tcp.h, up to tcpi_total_retrans
+# The order in which Dante prints the members that follow the first eight bytes; "" is an empty line.
+TCP_INFO_WORDS = (
+    "rto", "ato", "snd_mss", "rcv_mss", "unacked", "sacked", "lost", "retrans", "fackets", "",
+    "last_data_sent", "last_ack_sent", "last_data_recv", "last_ack_recv", "",
+    "pmtu", "rcv_ssthresh", "rtt", "rttvar", "snd_ssthresh", "snd_cwnd", "advmss", "reordering",
+    "rcv_rtt", "rcv_space", "", "total_retrans",
+)  # fmt: skip
+
+
+def read_tcp_info(connection: socket.socket) -> list[tuple[str, str]]:
+    """Return (member, value) of a connection's TCP_INFO (tcp(7)), spelled and ordered as Dante prints them."""
+    data = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_FORMAT.size)
+    state, ca_state, retransmits, probes, backoff, options, scales, _, *words = TCP_INFO_FORMAT.unpack(data)
+    names = ", ".join(name for bit, name in TCP_OPTIONS if options & bit)
+    info = [
+        ("state", f"{state} ({TCP_STATES[state]})"),
+        ("ca_state", f"{ca_state} (TCP_CA_{TCP_CA_STATES[ca_state]})"),
+        ("retransmits", str(retransmits)),
+        ("probes", str(probes)),
+        ("backoff", str(backoff)),
+        ("options", f"{options} ({names})"),
+        ("snd_wscale", str(scales & 15)),
+        ("rcv_wscale", str(scales >> 4)),
+    ]
+    values = iter(words)
+    return info + [(name, str(next(values)) if name else "") for name in TCP_INFO_WORDS]
+
+
+def describe_tcp_info(connections: Sequence[socket.socket]) -> str:
+    """Return the lines that log: tcpinfo adds to a record, one column for each connection.
+
+    "" if a connection is no longer one.
+    """
+    try:
+        columns = [read_tcp_info(connection) for connection in connections]
+    except OSError:
+        return ""
+    lines = ["", "TCP_INFO:"]
+    for members in zip(*columns):
+        name, values = members[0][0], " <-> ".join(value for _, value in members)
+        lines.append(f"tcpi_{name:<16}: {values}" if name else "")
+    return "\n".join(lines)
+
+
+class SystemSurroundings:
+    """The grammar's view of this machine, asked while its databases are in reach."""
+
+    def user_exists(self, name: str) -> bool:
+        try:
+            pwd.getpwnam(name)
+        except KeyError:
+            return False
+        return True
+
+    def interface_addresses(self, name: str) -> tuple[Endpoint, ...] | None:
+        return interface_addresses().get(name)
+
+    def resolve(self, name: str) -> tuple[Endpoint, ...]:
+        try:
+            return resolve_name(name)
+        except OSError:
+            return ()
+
+    def service(self, name: str, protocol: str) -> int | None:
+        try:
+            return socket.getservbyname(name, protocol)
+        except OSError:
+            return None
+
+    def cpus(self) -> frozenset[int]:
+        return frozenset(range(os.cpu_count() or 1))
+
+
+# ============================== 9. Privileges ==============================
+# The only place that forks, changes root or identity; and the way in which a process without
+# power asks one that has it.  The picture:
+#
+#   mother (as started) --fork--> warden    (user.privileged)    passwords, privileged ports
+#                       --fork--> resolver  (user.unprivileged)  names, groups, interfaces
+#                       --fork--> worker(s) (user.unprivileged, chroot)   the clients
+#
+# A worker asks by one message to an inbox that warden or resolver reads, with a fresh socket for
+# the answer attached: nothing is shared between questions, a helper that dies is replaced without
+# anybody noticing, and a question has a deadline.  The asker is not trusted: each message is bounded and
+# typed, its sender named by the kernel, and who sends a malformed one is reported to the mother.
+
+MAX_MESSAGE_BYTES = 4096  # the largest is a password check: two times 255 bytes and some words
+MAX_FIELDS = 255
+VERIFY_SECONDS = 60  # a PAM module that takes longer is ended
+
+
+class Favour(enum.IntEnum):
+    """All that a worker can ask for."""
+
+    RESOLVE = 1  # (name, families) -> addresses
+    REVERSE = 2  # (address) -> names
+    INTERFACE = 3  # (name) -> addresses
+    GROUPS = 4  # (user) -> group names; no answer if there is no such user
+    PASSWORD = 5  # (method, service, user, password, source, local) -> ("" or why not)
+    BIND = 6  # (tcp or udp, address, port) -> a bound socket
+
+
+class Account(NamedTuple):
+    """A system account, looked up while its databases are still in reach."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
+def find_account(name: str) -> Account:
+    """Return a system account; ConfigError if there is none of that name."""
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        raise ConfigError(f'there is no user "{name}" on this system') from None
+    return Account(name, entry.pw_uid, entry.pw_gid, tuple(os.getgrouplist(name, entry.pw_gid)))
+
+
+def drop_privileges(account: Account | None, root: str, groups: Iterable[int] = ()) -> None:
+    """Give up root directory and identity for good; OSError or PermissionError if that fails.
+
+    Each step needs the power that a later one takes away, so their order is the content.
+    """
+    if root:
+        os.chroot(root)
+        os.chdir("/")
+    if account is not None and os.geteuid() == 0:
+        os.setgroups(list(groups))
+        os.setresgid(account.gid, account.gid, account.gid)
+        os.setresuid(account.uid, account.uid, account.uid)
+        if account.uid != 0:
+            check_powerless()
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+def check_powerless() -> None:
+    """Prove that there is no way back to root."""
+    for attempt in (lambda: os.setresuid(0, 0, 0), lambda: os.setresgid(0, 0, 0), lambda: os.setgroups([0])):
+        try:
+            attempt()
+        except PermissionError:
+            continue
+        raise PermissionError(errno.EPERM, "privileges came back after they were dropped")
+
+
+def preload() -> None:
+    """Import now what Python would import on first use, when there may be no file system left."""
+    import encodings.idna  # getaddrinfo with a text host, even a numeric one
+    import encodings.latin_1  # str.encode("latin-1") of host names
+    import encodings.punycode  # noqa: F401  the idna codec's own late import
+    import linecache  # traceback
+    import stringprep  # noqa: F401  the idna codec
+    import traceback  # a thread's uncaught error
+    import unicodedata  # noqa: F401  stringprep
+
+    assert traceback and linecache and encodings.idna and encodings.latin_1
+    time.localtime()  # reads /etc/localtime
+    os.strerror(errno.ECONNREFUSED)  # loads the message catalogue where there is one
+
+
+def spawn(body: Callable[[socket.socket], int], keep: Iterable[int] = ()) -> tuple[int, socket.socket]:
+    """Fork a child that runs body(its control socket) and exits; return its pid and our control socket.
+
+    The caller has one thread.  The child starts with the default signal handlers; it ends by os._exit,
+    so nothing that the parent has buffered or registered runs twice.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        return pid, ours
+    status = 1
+    try:
+        ours.close()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        # A terminal's or service manager's signal to the whole group is for the mother to act on.
+        for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        for descriptor in keep:
+            os.close(descriptor)
+        status = body(theirs)
+    finally:
+        os._exit(status)
+
+
+def encode_message(kind: int, fields: Sequence[bytes]) -> bytes:
+    """Return a message between our processes: kind, number of fields, and each with its length."""
+    parts = [struct.pack("!BB", kind, len(fields))]
+    parts += [struct.pack("!H", len(field)) + field for field in fields]
+    return b"".join(parts)
+
+
+def decode_message(data: bytes) -> tuple[int, list[bytes]]:
+    """Return (kind, fields) of a message; ProtocolError if it is not exactly one message.
+
+    >>> decode_message(encode_message(2, [b"127.0.0.1", b""]))
+    (2, [b'127.0.0.1', b''])
+    """
+    if len(data) < 2:
+        raise ProtocolError("message without a head")
+    kind, count = data[0], data[1]
+    fields, at = [], 2
+    for _ in range(count):
+        if at + 2 > len(data):
+            raise ProtocolError("message ends within a length")
+        end = at + 2 + (data[at] << 8 | data[at + 1])
+        if end > len(data):
+            raise ProtocolError("message ends within a field")
+        fields.append(data[at + 2 : end])
+        at = end
+    if at != len(data):
+        raise ProtocolError("message goes on behind its last field")
+    return kind, fields
+
+
+def encode_endpoints(endpoints: Iterable[Endpoint]) -> list[bytes]:
+    return [f"{e.family} {e.host}".encode("latin-1") for e in endpoints]
+
+
+def decode_endpoints(fields: Iterable[bytes]) -> tuple[Endpoint, ...]:
+    found = []
+    for field in fields:
+        family, _, host = field.decode("latin-1").partition(" ")
+        found.append(Endpoint(host, 0, int(family)))
+    return tuple(found)
+
+
+class Channel:
+    """The asking side of an inbox.  Shared by all threads of a worker: a question holds no state here."""
+
+    def __init__(self, inbox: socket.socket) -> None:
+        self.inbox = inbox
+
+    def ask(self, favour: Favour, fields: Sequence[bytes], seconds: float) -> tuple[list[bytes], list[int]]:
+        """Return the answer to a question and the descriptors that came with it, which the caller owns.
+
+        DeadlinePassed when it takes longer than `seconds`; SockdError when the helper died over it.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            with theirs:
+                self._send(encode_message(favour, fields), theirs.fileno(), seconds)
+            ours.settimeout(seconds)
+            try:
+                data, descriptors, _, _ = socket.recv_fds(ours, MAX_MESSAGE_BYTES, 1)
+            except (TimeoutError, socket.timeout):
+                raise DeadlinePassed(f"no answer to {favour.name.lower()} within {seconds:.0f} seconds") from None
+            if not data:
+                raise SockdError(f"the process asked to {favour.name.lower()} has died")
+            return decode_message(data)[1], descriptors
+
+    def _send(self, message: bytes, answer: int, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", answer))]
+        while True:
+            try:
+                self.inbox.sendmsg([message], rights, socket.MSG_DONTWAIT)
+                return
+            except BlockingIOError:
+                wait_for(self.inbox.fileno(), select.POLLOUT, deadline)
+
+
+class Question(NamedTuple):
+    """A question as a helper reads it.  `answer` is closed by whoever answers."""
+
+    favour: Favour
+    fields: list[bytes]
+    answer: socket.socket
+
+    def reply(self, fields: Sequence[bytes], descriptors: Sequence[int] = ()) -> None:
+        """Answer and close; an asker that has given up is no error."""
+        with self.answer:
+            try:
+                if descriptors:
+                    socket.send_fds(self.answer, [encode_message(0, fields)], descriptors)
+                else:
+                    self.answer.send(encode_message(0, fields))
+            except OSError:
+                pass
+
+
+class MalformedMessage(ProtocolError):
+    """A worker sent what no worker of ours sends; `pid` is the kernel's word for who."""
+
+    def __init__(self, text: str, pid: int) -> None:
+        super().__init__(text)
+        self.pid = pid
+
+
+FAVOUR_FIELDS = {
+    Favour.RESOLVE: 2, Favour.REVERSE: 1, Favour.INTERFACE: 1,
+    Favour.GROUPS: 1, Favour.PASSWORD: 6, Favour.BIND: 3,
+}  # fmt: skip
+CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid (linux/socket.h)
+
+
+def receive_question(inbox: socket.socket, granted: frozenset[Favour]) -> Question:
+    """Read one question from an inbox that has SO_PASSCRED set; MalformedMessage if it is none."""
+    space = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_SPACE(4)
+    data, ancillary, flags, _ = inbox.recvmsg(MAX_MESSAGE_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+    pid, descriptors = 0, []
+    for level, kind, value in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+            pid = CREDENTIALS.unpack(value)[0]
+        elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors += struct.unpack(f"={len(value) // 4}i", value[: len(value) // 4 * 4])
+    try:
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors) != 1:
+            raise ProtocolError("message too long, or not with exactly one descriptor")
+        kind, fields = decode_message(data)
+        if kind not in granted or len(fields) != FAVOUR_FIELDS[Favour(kind)]:
+            raise ProtocolError(f"message of unknown kind {kind} with {len(fields)} fields")
+        return Question(Favour(kind), fields, socket.socket(fileno=descriptors.pop()))
+    except (ProtocolError, OSError) as error:
+        raise MalformedMessage(str(error), pid) from None
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def make_inbox() -> tuple[socket.socket, socket.socket]:
+    """Return (the end that helpers read, the end that workers write)."""
+    read_end, write_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    read_end.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    return read_end, write_end
+
+
+def fork_verifier(body: Callable[[], None]) -> int:
+    """Fork a child that runs a password check and ends, at the latest after VERIFY_SECONDS; return its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.alarm(VERIFY_SECONDS)
+        body()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+# ============================== 10. Sockets ==============================
+# Waiting, reading whole messages, listening, connecting; and the one table from errno to
+# SOCKS reply.  Every wait ends at a deadline, a point of time.monotonic().
+
+NO_DEADLINE = float("inf")
+READ_BYTES = 4096  # one handshake message; the longest is a SOCKS 4A request of 1,290 bytes
+MAX_HANDSHAKE_BYTES = 65536  # handshake plus data sent early; more waits in the kernel (back-pressure)
+LISTEN_BACKLOG = 4096  # the kernel's own default for net.core.somaxconn
+HAPPY_EYEBALLS_SECONDS = 0.25  # RFC 8305 section 5: Connection Attempt Delay
+IP_ANY = frozenset({"0.0.0.0", "::"})
+
+REPLY_OF_ERRNO = {
+    errno.ENETUNREACH: Reply.NETWORK_UNREACHABLE,
+    errno.ENETDOWN: Reply.NETWORK_UNREACHABLE,
+    errno.EHOSTUNREACH: Reply.HOST_UNREACHABLE,
+    errno.EHOSTDOWN: Reply.HOST_UNREACHABLE,
+    errno.ECONNREFUSED: Reply.CONNECTION_REFUSED,
+    errno.ECONNRESET: Reply.CONNECTION_REFUSED,
+    errno.ETIMEDOUT: Reply.TTL_EXPIRED,
+}
+
+
+def reply_for(error: OSError) -> Reply:
+    """Return what a client is told of a failure of the network."""
+    return REPLY_OF_ERRNO.get(error.errno or 0, Reply.FAILURE)
+
+
+def deadline_after(seconds: float) -> float:
+    """Return the deadline so many seconds from now; 0 seconds mean never, as in sockd.conf."""
+    return time.monotonic() + seconds if seconds else NO_DEADLINE
+
+
+def poll_milliseconds(deadline: float) -> int | None:
+    """Return the time to a deadline for poll(2), rounded up so that it has passed when poll returns."""
+    if deadline == NO_DEADLINE:
+        return None
+    return max(0, min(int((deadline - time.monotonic()) * 1000) + 1, 0x7FFFFFFF))
+
+
+def wait_for(descriptor: int, events: int, deadline: float) -> int:
+    """Wait for poll events on one descriptor; DeadlinePassed if none comes."""
+    poller = select.poll()
+    poller.register(descriptor, events)
+    while True:
+        ready = poller.poll(poll_milliseconds(deadline))
+        if ready:
+            return ready[0][1]
+        if time.monotonic() >= deadline:
+            raise DeadlinePassed("deadline passed")
+
+
+def endpoint_of(address: tuple, family: int) -> Endpoint:  # type: ignore[type-arg]  # what socket gives
+    """Return a socket address of the socket module as an Endpoint; a mapped IPv4 address as IPv4."""
+    host, port = address[0], address[1]
+    if family == socket.AF_INET:
+        return Endpoint(host, port, 4)
+    if host.startswith("::ffff:") and "." in host:
+        return Endpoint(host[7:], port, 4)
+    return Endpoint(host, port, 6)
+
+
+def socket_address(endpoint: Endpoint) -> tuple:  # type: ignore[type-arg]
+    """Return an Endpoint as the socket module wants it, with no name look-up to come."""
+    if endpoint.family == 4:
+        return endpoint.host, endpoint.port
+    host, _, scope = endpoint.host.partition("%")
+    return host, endpoint.port, 0, socket.if_nametoindex(scope) if scope else 0
+
+
+class Stream:
+    """A client's connection during the handshake: reads whole messages and keeps what is behind them.
+
+    Owned by its session's thread.  `pending` holds bytes read and not yet used; `received` and `sent` count all.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.pending = bytearray()
+        self.received = 0
+
+    def read_message(self, decode: Callable[[bytearray], tuple[T, int] | None], deadline: float) -> T:
+        """Return the next message that `decode` recognizes, in however many pieces it comes.
+
+        PeerGone at the end of the stream, DeadlinePassed, ProtocolError from `decode`, or OSError.
+        """
+        while True:
+            found = decode(self.pending) if self.pending else None
+            if found is not None:
+                del self.pending[: found[1]]
+                return found[0]
+            self.read_more(deadline)
+
+    def read_more(self, deadline: float) -> None:
+        """Add what the client has sent to `pending`."""
+        wait_for(self.connection.fileno(), select.POLLIN, deadline)
+        data = self.connection.recv(READ_BYTES)
+        if not data:
+            raise PeerGone("eof from local client")
+        self.received += len(data)
+        self.pending += data
+
+    def send(self, data: bytes, deadline: float) -> None:
+        """Send all of a handshake message."""
+        send_all(self.connection, data, deadline)
+
+
+def send_all(connection: socket.socket, data: bytes, deadline: float) -> None:
+    """Send data on a non-blocking socket before a deadline."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[connection.send(view) :]
+        except BlockingIOError:
+            wait_for(connection.fileno(), select.POLLOUT, deadline)
+
+
+def set_options(connection: socket.socket, options: Iterable[SocketOption], side: str) -> list[str]:
+    """Set the socket options of one side; return what could not be set, in words."""
+    failures = []
+    for option in options:
+        if option.side != side:
+            continue
+        try:
+            value = option.value
+            if option.mask:
+                value |= connection.getsockopt(option.level, option.number) & ~option.mask
+            connection.setsockopt(option.level, option.number, value)
+        except OSError as error:
+            failures.append(f"could not set {side}.{option.level_name}.{option.name}: {error.strerror}")
+    return failures
+
+
+def listen_on(endpoint: Endpoint, keepalive: bool) -> socket.socket:
+    """Return a non-blocking listening socket; OSError if the address cannot be had.
+
+    Accepted sockets inherit TCP_NODELAY and SO_KEEPALIVE, which saves two calls for each connection.
+    """
+    listener = socket.socket(FAMILY_OF[endpoint.family], socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if endpoint.family == 6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(keepalive))
+        listener.bind(socket_address(endpoint))
+        listener.listen(LISTEN_BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def check_bindable(endpoint: Endpoint) -> None:
+    """OSError unless an address is one of this machine's; opens no port (IP_BIND_ADDRESS_NO_PORT)."""
+    with socket.socket(FAMILY_OF[endpoint.family], socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        probe.bind(socket_address(endpoint))
+
+
+def bind_external(outgoing: socket.socket, external: Endpoint, client: Endpoint) -> None:
+    """Bind a socket to an outgoing address, on the client's own port if that can be had.
+
+    As Dante: a client's unprivileged source port is kept where it is free.
+    """
+    if client.port >= 1024 and client.host != external.host:
+        try:
+            outgoing.bind(socket_address(external._replace(port=client.port)))
+            return
+        except OSError:
+            pass  # taken: any other port will do
+    if outgoing.type == socket.SOCK_STREAM:
+        # The port is then chosen at connect(2), by the whole four-tuple: many more fit.
+        outgoing.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+    outgoing.bind(socket_address(external._replace(port=0)))
+
+
+def route_source(target: Endpoint) -> Endpoint:
+    """Return the source address that the kernel's routes choose for a target; OSError if there is no route."""
+    with socket.socket(FAMILY_OF[target.family], socket.SOCK_DGRAM) as probe:
+        probe.connect(socket_address(target._replace(port=target.port or 9)))
+        return endpoint_of(probe.getsockname(), probe.family)._replace(port=0)
+
+
+def choose_external(config: Config, family: int, internal: Endpoint, target: Endpoint, lookup: Lookup) -> Endpoint:
+    """Return the outgoing address for a session (sockd.conf(5), external.rotation).
+
+    Refused where the configuration has none that fits.
+    """
+    externals = external_endpoints(config, family, lookup)
+    if config.external_rotation == "same-same":
+        externals = tuple(e for e in externals if e.host == internal.host)
+    elif config.external_rotation == "route" and target.family and target.host not in IP_ANY:
+        source = route_source(target)
+        externals = tuple(e for e in externals if e.host == source.host)
+    if not externals:
+        raise Refused(
+            f"no external IPv{family} address fits for {target} (external, external.rotation)",
+            Reply.NETWORK_UNREACHABLE,
+        )
+    return externals[0]
+
+
+class ConnectFailed(SockdError):
+    """A connection to a target could not be made.
+
+    `at_once` tells a refusal by our own kernel from an answer of the network: Dante logs the
+    two differently.  `source` is the address that we would have left by.
+    """
+
+    def __init__(self, error: OSError, source: Endpoint, target: Endpoint, at_once: bool) -> None:
+        super().__init__(f"connect(2) to {target} from {source} failed: {error.strerror}")
+        self.error = error
+        self.source = source
+        self.target = target
+        self.at_once = at_once
+
+
+class ConnectTimeout(DeadlinePassed):
+    """No target answered within timeout.connect."""
+
+    def __init__(self, source: Endpoint, target: Endpoint) -> None:
+        super().__init__("connect timeout")
+        self.source = source
+        self.target = target
+
+
+class Attempt(NamedTuple):
+    """A connect(2) under way."""
+
+    connection: socket.socket
+    target: Endpoint
+
+
+def start_attempt(target: Endpoint, prepare: Callable[[socket.socket, Endpoint], None]) -> Attempt:
+    """Begin to connect; `prepare(socket, target)` binds it and sets its options.  ConnectFailed at once, or Refused."""
+    connection = socket.socket(FAMILY_OF[target.family], socket.SOCK_STREAM)
+    try:
+        connection.setblocking(False)
+        prepare(connection, target)
+        try:
+            connection.connect(socket_address(target))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            source = endpoint_of(connection.getsockname(), connection.family)
+            raise ConnectFailed(error, source, target, at_once=True) from None
+        return Attempt(connection, target)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def finish_attempt(attempt: Attempt) -> None:
+    """ConnectFailed unless the attempt, which poll says is over, has succeeded."""
+    number = attempt.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number:
+        source = endpoint_of(attempt.connection.getsockname(), attempt.connection.family)
+        raise ConnectFailed(OSError(number, os.strerror(number)), source, attempt.target, at_once=False)
+
+
+class Race:
+    """Connecting to one of several addresses of a target (RFC 8305, without its sorting).
+
+    A new attempt starts when the last one has failed or has had its head start; the first to
+    succeed wins and the others are closed.  Owned by its session's thread, which calls `run` once.
+    """
+
+    def __init__(
+        self, targets: Sequence[Endpoint], prepare: Callable[[socket.socket, Endpoint], None], client: int, deadline: float
+    ) -> None:
+        self.waiting = list(targets)
+        self.prepare = prepare
+        self.client = client  # descriptor: a reset by the client ends the race
+        self.deadline = deadline
+        self.attempts: dict[int, Attempt] = {}
+        self.failure: SockdError | None = None
+        self.poller = select.poll()
+
+    def run(self) -> socket.socket:
+        """Return the connected socket; ConnectFailed, Refused, ConnectTimeout or PeerGone."""
+        self.poller.register(self.client, 0)
+        winner = None
+        try:
+            while winner is None:
+                if self.waiting:
+                    self._start_next()
+                if self.attempts:
+                    winner = self._wait()
+                elif not self.waiting:
+                    assert self.failure is not None
+                    raise self.failure
+            return winner
+        finally:
+            for attempt in self.attempts.values():
+                if attempt.connection is not winner:
+                    attempt.connection.close()
+
+    def _start_next(self) -> None:
+        target = self.waiting.pop(0)
+        try:
+            attempt = start_attempt(target, self.prepare)
+        except (ConnectFailed, Refused) as failure:
+            self.failure = failure
+            return
+        self.attempts[attempt.connection.fileno()] = attempt
+        self.poller.register(attempt.connection.fileno(), select.POLLOUT)
+
+    def _wait(self) -> socket.socket | None:
+        """Wait until an attempt is over or the next may start; return the winner if there is one."""
+        limit = min(self.deadline, time.monotonic() + HAPPY_EYEBALLS_SECONDS) if self.waiting else self.deadline
+        events = self.poller.poll(poll_milliseconds(limit))
+        if not events and time.monotonic() >= self.deadline:
+            attempt = next(reversed(self.attempts.values()))
+            source = endpoint_of(attempt.connection.getsockname(), attempt.connection.family)
+            raise ConnectTimeout(source, attempt.target)
+        for descriptor, _ in events:
+            if descriptor == self.client:
+                raise PeerGone("local client closed")
+            attempt = self.attempts.pop(descriptor)
+            self.poller.unregister(descriptor)
+            try:
+                finish_attempt(attempt)
+                return attempt.connection
+            except ConnectFailed as failure:
+                self.failure = failure
+                attempt.connection.close()
+        return None
+
+
+# ============================== 12. Authentication ==============================
+# Who is this?  The verifying half runs in the warden, which has the power to read the system's
+# accounts; the asking half in a session.  A password lives only until it was checked: the
+# warden verifies in a child process that then ends.
+
+SHADOW_FILE = "/etc/shadow"
+PASSWD_FILE = "/etc/passwd"
+SECONDS_PER_DAY = 86400
+IDENT_PORT = 113  # RFC 1413
+IDENT_SECONDS = 10.0  # As Dante.
+IDENT_BYTES = 1000  # RFC 1413 section 4: a reply has at most 1000 characters
+DUMMY_SETTING = b"$6$sockdsockdsockd."  # for users that do not exist: the work must be the same
+
+
+class AccountLine(NamedTuple):
+    """One line of a password file: shadow(5), or `user:hash` with nothing behind."""
+
+    hash: bytes
+    expires_day: int | None = None  # days since 1970; the account's end
+    unusable_day: int | None = None  # the day on which an unchanged password locks the account
+
+
+def parse_account_lines(data: bytes) -> dict[bytes, AccountLine]:
+    """Return the accounts of a password file (shadow(5), passwd(5) or htpasswd lines); the first of a name counts."""
+    accounts: dict[bytes, AccountLine] = {}
+    for line in data.split(b"\n"):
+        user, colon, rest = line.strip().partition(b":")
+        if colon and user and not user.startswith(b"#"):
+            accounts.setdefault(user, parse_account_fields(rest.split(b":")))
+    return accounts
+
+
+def parse_account_fields(fields: list[bytes]) -> AccountLine:
+    """Return what stands behind the name of a shadow(5) line."""
+    if len(fields) != 8:
+        return AccountLine(fields[0])
+    changed, maximum, inactive, expires = (int(fields[i]) if fields[i].isdigit() else None for i in (1, 3, 5, 6))
+    unusable = None
+    if changed is not None and maximum is not None and inactive is not None:
+        unusable = changed + maximum + inactive
+    return AccountLine(fields[0], expires, unusable)
+
+
+def check_password(account: AccountLine | None, setting: bytes, password: bytes, today: int) -> bool:
+    """Tell whether a password opens an account; an account that does not exist costs as much time.
+
+    Unlike Dante: an account that shadow(5) says has expired is closed.
+    """
+    usable = account is not None and len(account.hash) > 1 and account.hash[:1] not in b"!*"
+    wanted = account.hash if account is not None and usable else setting
+    try:
+        right = hmac.compare_digest(crypt(password, wanted), wanted)
+    except OSError:
+        return False
+    if account is None or not usable or not right:
+        return False
+    limits = (account.expires_day, account.unusable_day)
+    return all(limit is None or today < limit for limit in limits)
+
+
+def read_accounts(passwordfile: str) -> dict[bytes, AccountLine]:
+    """Return the accounts of sockd's own password file, or the system's where there is none; OSError."""
+    if passwordfile:
+        with open(passwordfile, "rb") as file:
+            return parse_account_lines(file.read())
+    with open(PASSWD_FILE, "rb") as file:
+        accounts = parse_account_lines(file.read())
+    with open(SHADOW_FILE, "rb") as file:
+        accounts.update(parse_account_lines(file.read()))
+    return accounts
+
+
+def verify_username(passwordfile: str, user: bytes, password: bytes) -> str:
+    """Return "" if a password is right, else Dante's words for why not (fail2ban reads them)."""
+    name = escape_bytes(user)
+    if b"\0" in user or b"\0" in password:
+        return f'system password authentication failed for user "{name}"'
+    try:
+        accounts = read_accounts(passwordfile)
+    except OSError as error:
+        return f'could not access user "{name}"\'s records in the system password file: {error.strerror}'
+    account = accounts.get(user)
+    example = next((a.hash for a in accounts.values() if a.hash.startswith(b"$")), DUMMY_SETTING)
+    if check_password(account, example, password, int(time.time() / SECONDS_PER_DAY)):
+        return ""
+    if account is None:
+        return f'could not access user "{name}"\'s records in the system password file: no system error'
+    return f'system password authentication failed for user "{name}"'
+
+
+def parse_ident(line: bytes, ports: tuple[int, int]) -> str | None:
+    """Return the user in a reply of RFC 1413, or None for an error, other ports or garbage.
+
+    >>> parse_ident(b"6193, 23 : USERID : UNIX : stjohns", (6193, 23))
+    'stjohns'
+    """
+    parts = line.decode("latin-1").split(":", 3)
+    if len(parts) != 4 or parts[1].strip() != "USERID":
+        return None
+    pair = parts[0].split(",")
+    if len(pair) != 2 or [p.strip() for p in pair] != [str(ports[0]), str(ports[1])]:
+        return None
+    user = parts[3].strip()
+    return user if user and user.isprintable() else None
+
+
+def ask_ident(client: Endpoint, local: Endpoint, deadline: float) -> str | None:
+    """Return the user that the identd of a client's host names as the owner of its connection, or None."""
+    try:
+        with socket.socket(FAMILY_OF[client.family], socket.SOCK_STREAM) as connection:
+            connection.bind(socket_address(local._replace(port=0)))
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            connection.connect(socket_address(client._replace(port=IDENT_PORT)))
+            connection.setblocking(False)
+            send_all(connection, f"{client.port},{local.port}\r\n".encode("ascii"), deadline)
+            answer = b""
+            while b"\n" not in answer and len(answer) < IDENT_BYTES:
+                wait_for(connection.fileno(), select.POLLIN, deadline)
+                data = connection.recv(IDENT_BYTES - len(answer))
+                if not data:
+                    break
+                answer += data
+            return parse_ident(answer.partition(b"\n")[0], (client.port, local.port))
+    except (OSError, DeadlinePassed):
+        return None
+
+
+# ============================== 13. Relay ==============================
+# io: bytes move until both sides have finished.  Half-close is symmetric: a FIN from one side is passed on
+# once everything before it has been, and the other direction goes on.  A reset is passed on as a reset.
+# What one side does not take stays in the kernel of the other: no more than one read is ever held here.
+
+FIRST_READ_BYTES = 4096
+MOST_READ_BYTES = 65536  # As Dante: one I/O record in the log is at most this
+DATAGRAM_BYTES = 65535
+MOST_VERDICTS = 256  # per association: datagram verdicts remembered
+UDP_ORPHAN_SECONDS = 5.0  # an association outlives its client's FIN as long as it sends this often
+
+CLIENT_CLOSED, TARGET_CLOSED = "local client closed", "remote peer closed"
+ENDED_BY_US = "administrative termination"
+
+
+class Waiter(selectors.PollSelector):
+    """selectors' poll(2), that also says when urgent data waits (POLLPRI), as telnet and ftp send it.
+
+    `wait` gives poll's own pairs: building selectors' keys would cost as much as moving a small message.
+    """
+
+    def wait(self, deadline: float) -> list[tuple[int, int]]:
+        """Return (descriptor, poll events) pairs; none when the deadline has passed."""
+        return self._selector.poll(poll_milliseconds(deadline))  # type: ignore[attr-defined]
+
+    def watch(self, descriptor: int, events: int) -> None:
+        self._selector.register(descriptor, events)  # type: ignore[attr-defined]
+
+
+READABLE = select.POLLIN | select.POLLPRI
+FAILED = select.POLLERR | select.POLLHUP
+
+
+class SideFailed(SockdError):
+    """One side of a session broke; `side` is it."""
+
+    def __init__(self, side: Side, error: OSError) -> None:
+        super().__init__(f"{side.title} error ({error.strerror})")
+        self.side = side
+
+
+class Side:
+    """One end of a session: its socket, and what has passed through it.  Owned by the session's thread."""
+
+    __slots__ = ("backlog", "connection", "finished", "peer", "received", "sent", "size", "title", "urgent")
+
+    def __init__(self, connection: socket.socket, title: str) -> None:
+        self.connection = connection
+        self.title = title  # "local client" or "remote peer", as in Dante's close reasons
+        self.peer = self  # set when the pair is joined
+        self.received = 0
+        self.sent = 0
+        self.size = FIRST_READ_BYTES
+        self.finished = False  # its FIN has been read
+        self.backlog = b""  # read from the peer, not yet taken by this side
+        self.urgent = False  # the backlog is a single urgent byte
+
+    def receive(self) -> bytes | None:
+        """Return what the side has sent: b"" for its FIN, None if there is nothing after all; SideFailed."""
+        try:
+            data = self.connection.recv(self.size)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise SideFailed(self, error) from None
+        length = len(data)
+        self.received += length
+        if length == self.size:
+            self.size = min(self.size * 4, MOST_READ_BYTES)
+        elif length < self.size >> 4:
+            self.size = FIRST_READ_BYTES
+        return data
+
+    def receive_urgent(self) -> bytes | None:
+        """Return the urgent byte if the stream has come to it, else None."""
+        mark = bytearray(4)
+        try:
+            fcntl.ioctl(self.connection.fileno(), SIOCATMARK, mark)
+            if not any(mark):
+                return None
+            data = self.connection.recv(1, socket.MSG_OOB)
+        except OSError:
+            return None
+        self.received += len(data)
+        return data
+
+    def send(self, data: bytes) -> None:
+        """Send data; what the kernel does not take becomes the backlog.  SideFailed."""
+        try:
+            taken = self.connection.send(data, socket.MSG_OOB if self.urgent else 0)
+        except BlockingIOError:
+            taken = 0
+        except OSError as error:
+            raise SideFailed(self, error) from None
+        self.sent += taken
+        self.backlog = data[taken:]
+        if not self.backlog:
+            self.urgent = False
+
+    def finish_sending(self) -> None:
+        """Pass on a FIN."""
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise SideFailed(self, error) from None
+
+    def reset(self) -> None:
+        """Make the coming close a reset: the other side was reset, and this one is to know it."""
+        try:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        except OSError:
+            pass
+
+
+class TcpRelay:
+    """A TCP session's two sides while data flows.  Owned by its session's thread."""
+
+    def __init__(
+        self, client: Side, target: Side, timeouts: Timeouts, observe: Callable[[Side, bytes], None] | None
+    ) -> None:
+        client.peer, target.peer = target, client
+        self.sides = {client.connection.fileno(): client, target.connection.fileno(): target}
+        self.client = client
+        self.target = target
+        self.timeouts = timeouts
+        self.observe = observe  # called with the side that data came from, for log: data and ioop
+        self.waiter = Waiter()
+        self.first_to_finish: Side | None = None
+        self.finished_at = NO_DEADLINE
+        self.masks = dict.fromkeys(self.sides, -1)
+
+    def run(self) -> str:
+        """Move data until the session ends; return the reason in Dante's words."""
+        try:
+            with self.waiter:
+                return self._run()
+        except SideFailed as failure:
+            failure.side.peer.reset()
+            if failure.side.finished:
+                # Its FIN came first: the failure only says that nobody reads there any more.
+                return CLIENT_CLOSED if failure.side is self.client else TARGET_CLOSED
+            return str(failure)
+
+    def _run(self) -> str:
+        for side in (self.client, self.target):
+            if side.backlog:
+                side.send(side.backlog)
+        self._watch()
+        idle = self.timeouts.io_tcp or NO_DEADLINE
+        wait, sides = self.waiter.wait, self.sides
+        active = time.monotonic()
+        while not (self.client.finished and self.target.finished and not self._backlog()):
+            events = wait(min(active + idle, self.finished_at))
+            if events:
+                active = time.monotonic()
+                for descriptor, mask in events:
+                    self._serve(sides[descriptor], mask)
+            elif time.monotonic() >= min(active + idle, self.finished_at):
+                return self._describe_timeout(active + idle)
+        return CLIENT_CLOSED if self.first_to_finish is self.client else TARGET_CLOSED
+
+    def _backlog(self) -> bool:
+        return bool(self.client.backlog or self.target.backlog)
+
+    def _describe_timeout(self, idle_deadline: float) -> str:
+        if self.finished_at < idle_deadline:
+            waits_for = "client" if self.first_to_finish is self.target else "remote peer"
+            return f"tcp-fin-wait timeout (waiting for {waits_for} to close)"
+        return "i/o timeout"
+
+    def _watch(self) -> None:
+        """Ask poll for what each side can do now: be read while its peer has no backlog, be written while it has one."""
+        for descriptor, side in self.sides.items():
+            mask = select.POLLOUT if side.backlog else 0
+            if not side.finished and not side.peer.backlog:
+                mask |= READABLE
+            if mask != self.masks[descriptor]:
+                self.masks[descriptor] = mask
+                self.waiter.watch(descriptor, mask)
+
+    def _serve(self, side: Side, mask: int) -> None:
+        if mask & select.POLLOUT and side.backlog:
+            side.send(side.backlog)
+            if not side.backlog:
+                if side.peer.finished:
+                    side.finish_sending()
+                self._watch()
+        if mask & (READABLE | FAILED) and not side.finished and not side.peer.backlog:
+            self._pump(side, mask)
+        elif mask & FAILED:
+            number = side.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.ECONNRESET
+            raise SideFailed(side, OSError(number, os.strerror(number)))
+
+    def _pump(self, side: Side, mask: int) -> None:
+        """Move what a side has sent to its peer."""
+        peer = side.peer
+        data = side.receive_urgent() if mask & select.POLLPRI else None
+        if data:
+            peer.urgent = True
+        else:
+            data = side.receive()
+        if data is None:
+            return
+        if self.observe is not None:
+            self.observe(side, data)
+        if data:
+            peer.send(data)
+            if peer.backlog:
+                self._watch()
+            return
+        side.finished = True
+        if self.first_to_finish is None:
+            self.first_to_finish = side
+            self.finished_at = deadline_after(self.timeouts.tcp_fin_wait)
+        peer.finish_sending()
+        self._watch()
+
+
+class UdpEvents(Protocol):
+    """What a UDP association asks of its session: verdicts, addresses, and records."""
+
+    def stopping(self) -> bool: ...
+
+    def judge_datagram(self, client: Endpoint, target: Endpoint) -> Decision: ...
+
+    def judge_reply(self, sender: Endpoint, client: Endpoint) -> Decision: ...
+
+    def open_external(self, target: Endpoint, client: Endpoint) -> socket.socket: ...
+
+    def log_datagram(self, decision: Decision, packet: Packet, data: bytes) -> None: ...
+
+    def log_dropped(self, packet: Packet, reason: str) -> None: ...
+
+    def notice_control(self, length: int) -> None: ...
+
+
+class Packet(NamedTuple):
+    """The four addresses of a datagram on its way, in the order of travel; external ones None while unknown."""
+
+    command: str  # udpassociate or udpreply
+    client: Endpoint
+    relay: Endpoint
+    external: Endpoint | None
+    target: Endpoint | None
+
+
+class UdpPath:
+    """An association's external socket of one family, and what passed through it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.local = endpoint_of(connection.getsockname(), connection.family)
+        self.targets: set[Endpoint] = set()
+        self.sent_bytes = self.sent_packets = 0
+        self.received_bytes = self.received_packets = 0
+        self.client_sent_bytes = self.client_sent_packets = 0  # the client's side, headers included
+        self.client_received_bytes = self.client_received_packets = 0
+
+    def only_target(self) -> Endpoint:
+        """Return the target if there was just one, as Dante's closing record wants it."""
+        return next(iter(self.targets)) if len(self.targets) == 1 else UNSPECIFIED
+
+
+class UdpRelay:
+    """A UDP association: one socket on the client's side, one for each family outside.
+
+    Ends with the control connection (RFC 1928 section 7) or after timeout.io.udp.  A datagram that
+    cannot be relayed is dropped, logged, and nothing more.  Owned by its session's thread.
+    """
+
+    def __init__(
+        self,
+        control: socket.socket,
+        relay: socket.socket,
+        client: Endpoint,
+        events: UdpEvents,
+        timeouts: Timeouts,
+        connect_targets: bool,
+    ) -> None:
+        self.control = control
+        self.relay = relay
+        self.local = endpoint_of(relay.getsockname(), relay.family)
+        self.client = client  # port 0: the first datagram from its host tells
+        self.client_known = False
+        self.events = events
+        self.idle_seconds = timeouts.io_udp or NO_DEADLINE
+        self.connect_targets = connect_targets
+        self.paths: dict[int, UdpPath] = {}  # family -> path
+        self.path_of: dict[int, UdpPath] = {}  # descriptor -> path
+        self.verdicts: dict[tuple[str, Endpoint], Decision] = {}
+        self.waiter = Waiter()
+        self.active = time.monotonic()
+        self.orphaned_at = NO_DEADLINE
+
+    def run(self) -> str:
+        """Relay datagrams until the association ends; return the reason in Dante's words."""
+        with self.waiter:
+            self.waiter.watch(self.control.fileno(), select.POLLIN)
+            self.waiter.watch(self.relay.fileno(), select.POLLIN)
+            while True:
+                deadline = min(self.active + self.idle_seconds, self.orphaned_at)
+                events = self.waiter.wait(deadline)
+                if not events and time.monotonic() >= deadline:
+                    return CLIENT_CLOSED if self.orphaned_at <= deadline else "i/o timeout"
+                for descriptor, _ in events:
+                    ended = self._serve(descriptor)
+                    if ended:
+                        return ended
+
+    def close(self) -> None:
+        """Close the external sockets; control and relay belong to the session."""
+        for path in self.paths.values():
+            path.connection.close()
+
+    def _serve(self, descriptor: int) -> str:
+        if descriptor == self.relay.fileno():
+            self._from_client()
+        elif descriptor == self.control.fileno():
+            return self._from_control()
+        else:
+            self._from_target(self.path_of[descriptor])
+        return ""
+
+    def _from_control(self) -> str:
+        """Read the control connection; return a reason if it is gone."""
+        try:
+            data = self.control.recv(READ_BYTES)
+        except BlockingIOError:
+            return ""
+        except OSError as error:
+            return f"local client error ({error.strerror})"
+        if data:
+            self.events.notice_control(len(data))
+            return ""
+        if self.events.stopping():
+            return ENDED_BY_US
+        # Unlike Dante: a FIN may be a mere shutdown(2) of a client that goes on sending datagrams.
+        self.orphaned_at = time.monotonic() + UDP_ORPHAN_SECONDS
+        self.waiter.watch(self.control.fileno(), 0)
+        return ""
+
+    def _packet(self, target: Endpoint | None) -> Packet:
+        path = self.paths.get(target.family) if target is not None else None
+        return Packet("udpassociate", self.client, self.local, path.local if path else None, target)
+
+    def _from_client(self) -> None:
+        try:
+            data, address = self.relay.recvfrom(DATAGRAM_BYTES)
+        except OSError:
+            return  # an ICMP error for an earlier reply: the association goes on
+        sender = endpoint_of(address, self.relay.family)
+        if not self._accept_sender(sender):
+            return
+        self.active = time.monotonic()
+        if self.orphaned_at != NO_DEADLINE:
+            self.orphaned_at = self.active + UDP_ORPHAN_SECONDS
+        target = None
+        try:
+            target, header = decode_udp(data)
+            self._relay_out(target, data, header)
+        except (ProtocolError, Refused) as error:
+            self.events.log_dropped(self._packet(target), str(error))
+        except OSError as error:
+            length = len(data) - header
+            self.events.log_dropped(self._packet(target), f"sendto of {length} bytes failed: {error.strerror}")
+
+    def _accept_sender(self, sender: Endpoint) -> bool:
+        """Tell whether a datagram is this client's; the first one fixes its port.
+
+        Unlike Dante: only the host of the control connection is ever taken for the client.
+        """
+        if self.client_known:
+            return sender == self.client
+        if sender.host == self.client.host and self.client.port in (0, sender.port):
+            self.client = sender
+            self.client_known = True
+            return True
+        packet = Packet("udpassociate", sender, self.local, None, UNSPECIFIED)
+        self.events.log_dropped(packet, f"expected udp packet from clientaddress {self.client}, got it from {sender}")
+        return False
+
+    def _remember(self, key: tuple[str, Endpoint], decision: Decision) -> Decision:
+        if len(self.verdicts) >= MOST_VERDICTS:
+            self.verdicts.clear()
+        self.verdicts[key] = decision
+        return decision
+
+    def _relay_out(self, target: Endpoint, data: bytes, header: int) -> None:
+        """Send a client's datagram on; Refused, or OSError from the send."""
+        if target.port == 0:
+            raise Refused("unbound port in udp packet")
+        decision = self.verdicts.get(("out", target))
+        if decision is None:
+            decision = self._remember(("out", target), self.events.judge_datagram(self.client, target))
+        payload = data[header:]
+        if decision.verdict == "block":
+            self.events.log_datagram(decision, self._packet(target), payload)
+            return
+        address = decision.addresses[0]
+        path = self._path_for(address)
+        path.connection.sendto(payload, socket_address(address))
+        path.sent_bytes += len(payload)
+        path.sent_packets += 1
+        path.client_sent_bytes += len(data)
+        path.client_sent_packets += 1
+        self.events.log_datagram(decision, self._packet(address), payload)
+
+    def _path_for(self, target: Endpoint) -> UdpPath:
+        """Return the path for a target, opened when the first of its family is used."""
+        path = self.paths.get(target.family)
+        if path is None:
+            path = UdpPath(self.events.open_external(target, self.client))
+            self.paths[target.family] = self.path_of[path.connection.fileno()] = path
+            self.waiter.watch(path.connection.fileno(), select.POLLIN)
+        if len(path.targets) < MOST_VERDICTS:
+            path.targets.add(target)
+        return path
+
+    def _from_target(self, path: UdpPath) -> None:
+        try:
+            data, address = path.connection.recvfrom(DATAGRAM_BYTES)
+        except OSError:
+            return  # an ICMP error: as Dante, the association goes on
+        sender = endpoint_of(address, path.connection.family)
+        if self.connect_targets and len(path.targets) == 1 and sender not in path.targets:
+            return  # udp.connectdst: as if the socket were connected to its only target
+        decision = self.verdicts.get(("in", sender))
+        if decision is None:
+            # Unlike Dante: each sender is judged, not only the first.
+            decision = self._remember(("in", sender), self.events.judge_reply(sender, self.client))
+        packet = Packet("udpreply", self.client, self.local, path.local, sender)
+        self.active = time.monotonic()
+        if decision.verdict == "pass":
+            reply = encode_udp_header(sender) + data
+            try:
+                self.relay.sendto(reply, socket_address(self.client))
+            except OSError:
+                return  # too large with its header, or the client's port is gone: this datagram only
+            path.client_received_bytes += len(reply)
+            path.client_received_packets += 1
+            path.received_bytes += len(data)
+            path.received_packets += 1
+        self.events.log_datagram(decision, packet, data)
+
+
+# ============================== 14. Session ==============================
+# One client from accept to close, in its own thread: negotiate (client-rules, method, password,
+# request), request (socks-rules, connecting), io (relay).  SessionLog spells the records,
+# SessionLookup asks the resolver, Session decides and acts.
+
+RESOLVE_SECONDS = 60.0  # when timeout.connect is 0; a resolver with three servers gives up sooner
+PASSWORD_SECONDS = 60.0  # a little more than what the warden grants a check
+REQUEST_NOT_PERFORMED = "request was not performed due to error: "
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What all sessions of a worker share; nothing in it changes."""
+
+    config: Config
+    log: Log
+    resolver: Channel
+    warden: Channel
+    keepalive: bool = True
+
+
+class SessionLookup:
+    """The Lookup of one session: asks the resolver, and remembers the answers for its lifetime.
+
+    That it remembers pins DNS: what the rules judged is what is connected to.
+    """
+
+    def __init__(self, serving: Serving, client: Endpoint, local: Endpoint) -> None:
+        self.serving = serving
+        self.client = client
+        self.local = local
+        self.answers: dict[tuple[Favour, str], list[bytes]] = {}
+        self.ident_answer: str | None = None
+        self.ident_asked = False
+
+    def ask(self, favour: Favour, text: str, *more: bytes) -> list[bytes]:
+        """Return the resolver's answer, first what went wrong ("" for nothing); at most MOST_VERDICTS are kept."""
+        answer = self.answers.get((favour, text))
+        if answer is None:
+            seconds = self.serving.config.timeouts.connect or RESOLVE_SECONDS
+            try:
+                answer, _ = self.serving.resolver.ask(favour, [text.encode("latin-1", "replace"), *more], seconds)
+            except SockdError as error:
+                return [str(error).encode()]
+            if len(self.answers) >= MOST_VERDICTS:
+                self.answers.clear()
+            self.answers[favour, text] = answer
+        return answer
+
+    def resolve(self, name: str) -> tuple[tuple[Endpoint, ...], str]:
+        """Return a name's addresses in the families that we can leave by, and what went wrong."""
+        families = "".join(map(str, sorted(external_families(self.serving.config, self))))
+        answer = self.ask(Favour.RESOLVE, name, families.encode())
+        # A name for "this host" is no target: connect(2) takes 0.0.0.0 for 127.0.0.1, past every rule on that.
+        found = tuple(e for e in decode_endpoints(answer[1:]) if e.host not in IP_ANY)
+        return found, answer[0].decode() or ("" if found else "Name or service not known")
+
+    def addresses(self, name: str) -> tuple[Endpoint, ...]:
+        return decode_endpoints(self.ask(Favour.RESOLVE, name, b"46")[1:])
+
+    def names(self, address: Endpoint) -> tuple[str, ...]:
+        return tuple(n.decode("latin-1") for n in self.ask(Favour.REVERSE, f"{address.family} {address.host}")[1:])
+
+    def interface(self, name: str) -> tuple[Endpoint, ...]:
+        return decode_endpoints(self.ask(Favour.INTERFACE, name)[1:])
+
+    def groups(self, user: str) -> frozenset[str]:
+        return frozenset(g.decode("latin-1") for g in self.ask(Favour.GROUPS, user)[1:])
+
+    def user_exists(self, user: str) -> bool:
+        return not self.ask(Favour.GROUPS, user)[0]
+
+    def ident(self) -> str | None:
+        if not self.ident_asked:
+            self.ident_asked = True
+            self.ident_answer = ask_ident(self.client, self.local, time.monotonic() + IDENT_SECONDS)
+        return self.ident_answer
+
+
+class SessionLog:
+    """The records of one session, in Dante's spelling.  What a rule's `log` does not name is not written."""
+
+    def __init__(self, log: Log, client: Endpoint, local: Endpoint) -> None:
+        self.log = log
+        self.client = client
+        self.local = local
+        self.client_rule = FINAL_CLIENT_BLOCK
+        self.accept_side = f"{client} {local}"
+        self.side = self.accept_side  # with method%user@ once a socks-rule took the client by one
+        self.started = time.monotonic()
+
+    def seconds(self) -> int:
+        """Return the session's age as Dante counts it: the difference of the whole seconds."""
+        return int(time.monotonic()) - int(self.started)
+
+    def identify(self, identity: Identity) -> None:
+        """Name the client in the accept-level records."""
+        self.accept_side = f"{describe_client(self.client, identity.clientmethod, identity.user)} {self.local}"
+        self.side = self.accept_side
+
+    def authenticate(self, method: str, user: str) -> None:
+        """Name the client in the records of its request."""
+        self.side = f"{describe_client(self.client, method, user)} {self.local}"
+
+    def write(self, verdict: str, rule: Rule, event: str, bracket: str, rest: str) -> None:
+        self.log.write("info", f"{verdict}({rule.number}): {event} {bracket}: {rest}")
+
+    def accepted(self) -> None:
+        if "connect" in self.client_rule.log:
+            self.write("pass", self.client_rule, "tcp/accept", "[", self.accept_side)
+
+    def blocked_at_accept(self, reason: str = "") -> None:
+        """Record a block by the client-rule itself."""
+        wanted = LOGS_AN_ERROR if reason else LOGS_A_BLOCK
+        if not wanted.isdisjoint(self.client_rule.log):
+            rest = f"{self.accept_side}: {reason}" if reason else self.accept_side
+            self.write("block", self.client_rule, "tcp/accept", "]", rest)
+
+    def negotiation_failed(self, received: int, reason: str) -> None:
+        count, age = describe_count(received, "byte"), describe_count(self.seconds(), "second")
+        self.blocked_at_accept(f"error after reading {count} in {age}: {reason}")
+
+    def refused_above(self, reason: str) -> None:
+        """Record at accept level what became of a request at the socks level."""
+        if self.client_rule.log:
+            self.write("block", self.client_rule, "tcp/accept", "]", f"{self.accept_side}: {reason}")
+
+    def request_failed(self, rule: Rule, event: str, path: str, reason: str) -> None:
+        """Record a request that a rule let pass, or none has judged yet, and that could not be done."""
+        if not LOGS_AN_ERROR.isdisjoint(rule.log):
+            self.write("block", rule, event, "]", f"{self.side}{path}: {reason}")
+        self.refused_above(REQUEST_NOT_PERFORMED + reason)
+
+    def request_blocked(self, rule: Rule, event: str, target: str, reason: str) -> None:
+        """Record a request that the socks-rules forbid."""
+        # As Dante: the built-in final rule has no `log`, so it shows at accept level only.
+        if not LOGS_A_BLOCK.isdisjoint(rule.log):
+            rest = f"{self.side} -> {UNSPECIFIED} {target}"
+            self.write("block", rule, event, "]", f"{rest}: {reason}" if reason else rest)
+        why = f": {reason}" if reason else ""
+        self.refused_above(f"blocked by higher-level socks-rule #{rule.number}{why}")
+
+    def closing(self, rule: Rule, reason: str) -> str:
+        """Return the end of a closing record, or "" where the rule does not log it."""
+        wanted = "disconnect" in rule.log or ("error" in rule.log and not reason.endswith("closed"))
+        return f": {reason}.  Session duration: {self.seconds()}s" if wanted else ""
+
+    def closed(self, sent: int, received: int, reason: str) -> None:
+        """Record the end of an established session at accept level; the counts are the client's."""
+        end = self.closing(self.client_rule, reason)
+        if end:
+            rest = f"{sent} -> {self.accept_side} -> {received}{end}"
+            self.write("pass", self.client_rule, "tcp/accept", "]", rest)
+
+
+class Session:
+    """One client.  Runs in one thread, which owns everything here but `stopping`."""
+
+    def __init__(self, serving: Serving, connection: socket.socket, client: Endpoint, local: Endpoint) -> None:
+        self.serving = serving
+        self.config = serving.config
+        self.connection = connection
+        self.client = client
+        self.local = local
+        self.stream = Stream(connection)
+        self.lookup = SessionLookup(serving, client, local)
+        self.record = SessionLog(serving.log, client, local)
+        self.identity = Identity()
+        self.client_rule = FINAL_CLIENT_BLOCK
+        self.password: bytes | None = None
+        self.verified: dict[tuple[str, str], str] = {}  # (method, service) -> "" or why not
+        self.used = 0  # bytes of the handshake that were understood
+        self.request: Request | None = None
+        self.phase = "negotiating"
+        self.stopping = False  # set by the worker when the server ends
+        self.describe_io: Callable[[], str] | None = None
+        self.opened: list[socket.socket] = []  # closed, whatever happens, at the end of `run`
+
+    # --- the phases ---
+
+    def run(self) -> None:
+        """Serve the client until its session has ended, and close everything that was opened for it."""
+        try:
+            if self.admit() and self.negotiate():
+                self.phase = "request"
+                self.perform()
+        except (OSError, DeadlinePassed):
+            pass  # the client is gone while it was told something: it shows in no record of Dante's
+        finally:
+            for opened in self.opened:
+                opened.close()
+            self.connection.close()
+
+    def abort(self) -> None:
+        """Make `run` end soon.  Called by the worker's main thread."""
+        self.stopping = True
+        for opened in (self.connection, *self.opened):
+            try:
+                opened.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def describe(self) -> str:
+        """Return the session's state for SIGUSR1.  Called by the worker's main thread."""
+        age = describe_count(self.record.seconds(), "second")
+        if self.describe_io is not None:
+            return f"{self.describe_io()}: age: {age}"
+        what = f" {self.request.command}" if self.request is not None else ""
+        return f"{self.client} {self.local}: {self.phase}{what} for {age}"
+
+    def admit(self) -> bool:
+        """Ask the client-rules whether the client may talk to us at all."""
+        facts = Facts("accept", "tcp", "", self.client, self.local)
+        decision, identity = client_decision(self.config, facts, self.lookup)
+        self.client_rule = self.record.client_rule = decision.rule
+        self.identity = identity
+        self.record.identify(identity)
+        reason = self.find_admission_fault(decision) if decision.verdict == "pass" else ""
+        if decision.verdict == "block" or reason:
+            self.record.blocked_at_accept(reason)
+            return False
+        self.record.accepted()
+        return True
+
+    def find_admission_fault(self, decision: Decision) -> str:
+        """Return why a client that a client-rule passes stays outside after all, or ""."""
+        if decision.method == "rfc931" and not self.lookup.user_exists(self.identity.user):
+            return f'no user "{escape_text(self.identity.user)}" found in system password file'
+        if decision.method.startswith("pam."):
+            fault = self.verify(decision.method, decision.rule)
+            if fault:
+                return fault
+        return self.find_srchost_fault()
+
+    def find_srchost_fault(self) -> str:
+        """Return what is wrong with the client's DNS entry (sockd.conf(5), srchost), or ""."""
+        srchost = self.config.srchost
+        if not srchost & {"nodnsunknown", "nodnsmismatch"}:
+            return ""
+        names = self.lookup.names(self.client)
+        if not names:
+            return f"no dns entry found for srchost {self.client}" if "nodnsunknown" in srchost else ""
+        hosts = {address.host for name in names for address in self.lookup.addresses(name)}
+        if "nodnsmismatch" in srchost and self.client.host not in hosts:
+            return (
+                "DNS IP/hostname mismatch.  IP does not match reversemapped addresses for "
+                f'hostname "{escape_text(names[0])}"'
+            )
+        return ""
+
+    def negotiate(self) -> bool:
+        """Read the handshake as far as the request; False if the client failed at it."""
+        seconds = self.client_rule.timeouts.negotiate
+        deadline = deadline_after(seconds)
+        try:
+            self.request = self.read_handshake(deadline)
+            return True
+        except DeadlinePassed:
+            # Its own form in Dante: no count of bytes.
+            self.record.blocked_at_accept(f"negotiate timeout after {describe_count(seconds, 'second')}")
+        except ProtocolError as error:
+            self.record.negotiation_failed(self.used, str(error))
+        except PeerGone as error:
+            self.record.negotiation_failed(self.stream.received, str(error))
+        except OSError as error:
+            self.record.negotiation_failed(self.stream.received, error.strerror or str(error))
+        return False
+
+    def read(self, decode: Callable[[bytearray], tuple[T, int] | None], deadline: float) -> T:
+        """Read one message and count its bytes; answer a wrong one as its form demands, and raise."""
+        pending = self.stream.pending
+        try:
+            message = self.stream.read_message(decode, deadline)
+        except ProtocolError as error:
+            version = pending[0]
+            self.used += count_until_wrong(decode, bytes(pending))
+            if error.reply is not None and decode is decode_password:
+                self.stream.send(encode_password_status(False), deadline)
+            elif error.reply is not None:
+                self.stream.send(encode_reply_for(version, error.reply, UNSPECIFIED), deadline)
+            raise
+        self.used = self.stream.received - len(pending)
+        return message
+
+    def read_handshake(self, deadline: float) -> Request:
+        """Return the client's request after whatever has to come before it."""
+        if not self.stream.pending:
+            self.stream.read_more(deadline)
+        if self.stream.pending[0] == SOCKS4:
+            return self.read_request4(deadline)
+        offered = self.read(decode_greeting, deadline)
+        method = choose_method(self.client_rule.socksmethods, offered)
+        self.stream.send(encode_method(method), deadline)
+        if method == NO_ACCEPTABLE_METHOD:
+            raise ProtocolError("client offered no acceptable authentication method")
+        if METHOD_OF_BYTE[method] == "username":
+            self.read_password(deadline)
+        return self.read(decode_request, deadline)
+
+    def read_request4(self, deadline: float) -> Request:
+        """Return a SOCKS 4 request; its sender counts as one that offers no authentication."""
+        request = self.read(decode_request4, deadline)
+        if choose_method(self.client_rule.socksmethods, (0,)) == NO_ACCEPTABLE_METHOD:
+            self.stream.send(encode_reply4(False, request.target), deadline)
+            wanted = ", ".join(self.client_rule.socksmethods) or "nothing that is configured"
+            raise ProtocolError(
+                f'client-rule #{self.client_rule.number} requires SOCKS authentication to be "{wanted}", '
+                "but SOCKS v4 has none"
+            )
+        return request
+
+    def read_password(self, deadline: float) -> None:
+        """Read user and password, and check them now if it is clear against what."""
+        user, self.password = self.read(decode_password, deadline)
+        self.identity = dataclasses.replace(self.identity, method="username", user=user)
+        method = only_password_method(self.config)
+        fault = self.verify(method, self.password_rule(method)) if method else ""
+        self.stream.send(encode_password_status(not fault), deadline)
+        if fault:
+            raise ProtocolError(fault)
+
+    def password_rule(self, method: str) -> Rule:
+        """Return a rule that says by which service a password is checked."""
+        return next((r for r in self.config.socks_rules if method in r.socksmethods), self.client_rule)
+
+    def verify(self, method: str, rule: Rule) -> str:
+        """Return "" if the client is who it says it is, else why not; asks the warden once for each method."""
+        if method in ("none", "", "rfc931"):
+            return ""
+        key = (method, rule.pam_servicename if method.startswith("pam.") else "")
+        if key not in self.verified:
+            user = self.identity.user.encode("latin-1")
+            fields = [method.encode(), key[1].encode(), user, self.password or b""]
+            fields += [self.client.host.encode(), self.local.host.encode()]
+            try:
+                answer, _ = self.serving.warden.ask(Favour.PASSWORD, fields, PASSWORD_SECONDS)
+                self.verified[key] = answer[0].decode() if answer else "malformed answer"
+            except SockdError as error:
+                self.verified[key] = f'could not check user "{escape_text(self.identity.user)}": {error}'
+        return self.verified[key]
+
+    def perform(self) -> None:
+        """Do what the request asks for."""
+        assert self.request is not None
+        if self.request.command == "connect":
+            ConnectRequest(self, self.request).run()
+        elif self.request.command == "bind":
+            BindRequest(self, self.request).run()
+        else:
+            UdpRequest(self, self.request).run()
+
+    # --- what the requests share ---
+
+    def decide(self, facts: Facts) -> Decision:
+        """Judge by the socks-rules and verify what the matching rule wants verified."""
+        decision = socks_decision(self.config, facts, self.lookup)
+        if decision.verdict == "pass" and facts.command not in REPLY_COMMANDS:
+            fault = self.verify(decision.method, decision.rule)
+            if fault:
+                # As Dante: a wrong password ends the search; no later rule is tried.
+                return dataclasses.replace(decision, verdict="block", reason=fault)
+        return decision
+
+    def facts(self, command: str, target: Endpoint | None, addresses: tuple[Endpoint, ...] = ()) -> Facts:
+        """Return the facts of this client's request."""
+        assert self.request is not None
+        protocol = "udp" if command in UDP_COMMANDS else "tcp"
+        version = "socks_v4" if self.request.version == SOCKS4 else "socks_v5"
+        return Facts(command, protocol, version, self.client, target, addresses, self.identity)
+
+    def authenticated_by(self, method: str) -> None:
+        """Let the records of the request name the client."""
+        user = self.lookup.ident_answer or "" if method == "rfc931" else self.identity.user
+        self.record.authenticate(method, user)
+
+    def reply(self, reply: Reply, bound: Endpoint) -> None:
+        """Answer the request; what cannot be sent within timeout.negotiate ends the session."""
+        assert self.request is not None
+        deadline = deadline_after(self.config.timeouts.negotiate)
+        self.stream.send(encode_reply_for(self.request.version, reply, bound), deadline)
+
+    def prepare_external(self, rule: Rule) -> Callable[[socket.socket, Endpoint], None]:
+        """Return what makes a new outgoing socket ready to connect to a target under a rule."""
+
+        def prepare(connection: socket.socket, target: Endpoint) -> None:
+            source = choose_external(self.config, target.family, self.local, target, self.lookup)
+            self.set_options(connection, rule, "external")
+            if connection.type == socket.SOCK_STREAM:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(self.serving.keepalive))
+            bind_external(connection, source, self.client)
+
+        return prepare
+
+    def set_options(self, connection: socket.socket, rule: Rule, side: str) -> None:
+        """Set a rule's socket options; one that cannot be set is a warning."""
+        for failure in set_options(connection, rule.socket_options, side):
+            self.serving.log.write("warning", failure)
+
+
+def count_until_wrong(decode: Callable[[bytes], object], data: bytes) -> int:
+    """Return how many bytes a decoder needed to see that a message is wrong.  As Dante, which reads no further."""
+    for length in range(1, len(data)):
+        try:
+            decode(data[:length])
+        except ProtocolError:
+            return length
+    return len(data)
+
+
+class TcpRecords:
+    """Records of one established TCP path: connect, or bindreply seen from the peer.  Owned by its request."""
+
+    def __init__(self, session: Session, rule: Rule, event: str, near: str, far: str, sides: tuple[Side, Side]) -> None:
+        self.session = session
+        self.rule = rule
+        self.event = event
+        self.near = near  # both addresses of the first side, in the order of travel
+        self.far = far
+        self.sides = sides
+
+    def write(self, bracket: str, rest: str) -> None:
+        self.session.record.write("pass", self.rule, self.event, bracket, rest + self.tcp_info())
+
+    def tcp_info(self) -> str:
+        """Return the TCP_INFO block of log: tcpinfo, or ""."""
+        if "tcpinfo" not in self.rule.log:
+            return ""
+        return describe_tcp_info([side.connection for side in self.sides])
+
+    def opened(self) -> None:
+        if "connect" in self.rule.log:
+            self.write("[", f"{self.near} -> {self.far}")
+
+    def observer(self) -> Callable[[Side, bytes], None] | None:
+        """Return what records each read, or None where the rule does not log them."""
+        return self.moved if self.rule.log & {"ioop", "data"} else None
+
+    def moved(self, side: Side, data: bytes) -> None:
+        if not data and side.peer.finished:
+            return  # As Dante: only the first FIN has a record, the second one ends the session
+        way = f"{self.near} -> {self.far}" if side is self.sides[0] else self.reverse()
+        payload = f": {escape_bytes(data)}" if data and "data" in self.rule.log else ""
+        self.write("-", f"{way} ({len(data)}){payload}")
+
+    def reverse(self) -> str:
+        """Return the path as the other side's data travels it."""
+        near_1, near_2 = self.near.split(" ")
+        far_1, far_2 = self.far.split(" ")
+        return f"{far_2} {far_1} -> {near_2} {near_1}"
+
+    def closed(self, reason: str) -> None:
+        end = self.session.record.closing(self.rule, reason)
+        if end:
+            first, second = self.sides
+            near = f"{first.sent} -> {self.near} -> {first.received}"
+            self.write("]", f"{near}, {second.sent} -> {self.far} -> {second.received}{end}")
+
+
+class ConnectRequest:
+    """CONNECT (RFC 1928 section 4): judge, connect, answer, relay."""
+
+    def __init__(self, session: Session, request: Request) -> None:
+        self.session = session
+        self.request = request
+        self.target = request.target
+        self.event = "tcp/connect"
+
+    def run(self) -> None:
+        session = self.session
+        try:
+            addresses = self.find_addresses()
+        except Refused as refusal:
+            # As Dante: these come before any socks-rule and are recorded by the client-rule.
+            self.fail(session.client_rule, "", str(refusal), refusal.reply, self.target)
+            return
+        decision = session.decide(session.facts("connect", self.target, addresses))
+        session.authenticated_by(decision.method)
+        if decision.verdict == "block":
+            session.record.request_blocked(decision.rule, self.event, describe_endpoint(self.target), decision.reason)
+            session.reply(Reply.NOT_ALLOWED, self.target)
+            return
+        connection = self.connect(decision)
+        if connection is not None:
+            session.opened.append(connection)
+            self.relay(decision.rule, connection)
+
+    def find_addresses(self) -> tuple[Endpoint, ...]:
+        """Return the addresses of the target, each of which the rules will see; Refused where there are none."""
+        target, session = self.target, self.session
+        if target.port == 0:
+            raise Refused(f"unbound port ({describe_endpoint(target)}) in request", Reply.ADDRESS_TYPE_NOT_SUPPORTED)
+        if target.host in IP_ANY and target.family:
+            raise Refused(f"unbound ipaddress ({target}) in request", Reply.ADDRESS_TYPE_NOT_SUPPORTED)
+        if target.family:
+            check_family(session.config, target, session.lookup)
+            return (target,)
+        check_host_name(target.host)
+        found, fault = session.lookup.resolve(target.host)
+        if not found:
+            text = f'could not resolve hostname "{escape_text(target.host)}": {fault}'
+            raise Refused(text, Reply.HOST_UNREACHABLE)
+        return tuple(address._replace(port=target.port) for address in found)
+
+    def fail(self, rule: Rule, path: str, reason: str, reply: Reply, bound: Endpoint) -> None:
+        """Record and answer a request that could not be done."""
+        self.session.record.request_failed(rule, self.event, path, reason)
+        self.session.reply(reply, bound)
+
+    def connect(self, decision: Decision) -> socket.socket | None:
+        """Return the connection to the target, or None after having answered why there is none."""
+        session, rule = self.session, decision.rule
+        deadline = deadline_after(rule.timeouts.connect)
+        race = Race(decision.addresses, session.prepare_external(rule), session.connection.fileno(), deadline)
+        try:
+            return race.run()
+        except ConnectFailed as failure:
+            if failure.at_once:
+                path = f" -> {failure.source} {failure.target}"
+                self.fail(rule, path, str(failure), reply_for(failure.error), failure.source)
+            else:
+                reason = f"remote peer error ({failure.error.strerror})"
+                self.end_unconnected(rule, failure.source, failure.target, reason)
+                session.reply(reply_for(failure.error), failure.source)
+        except ConnectTimeout as late:
+            self.end_unconnected(rule, late.source, late.target, str(late))
+            session.reply(Reply.TTL_EXPIRED, UNSPECIFIED)
+        except Refused as refusal:
+            self.fail(rule, "", str(refusal), refusal.reply, self.target)
+        except PeerGone as gone:
+            self.end_unconnected(rule, UNSPECIFIED, decision.addresses[0], str(gone))
+        except OSError as error:
+            # No descriptor, no memory, an address of ours that has gone: not the target's fault.
+            self.fail(rule, "", f"could not connect: {error.strerror}", Reply.FAILURE, self.target)
+        return None
+
+    def end_unconnected(self, rule: Rule, source: Endpoint, target: Endpoint, reason: str) -> None:
+        """Record a connect that failed after it was under way.  As Dante: like the end of a session."""
+        record = self.session.record
+        end = record.closing(rule, reason)
+        if end:
+            path = f"0 -> {record.side} -> 0, 0 -> {source} {target} -> 0{end}"
+            record.write("pass", rule, self.event, "]", path)
+        record.closed(0, 0, reason)
+
+    def relay(self, rule: Rule, connection: socket.socket) -> None:
+        """Answer that the target is connected, and move data until the end."""
+        session = self.session
+        source = endpoint_of(connection.getsockname(), connection.family)
+        target = endpoint_of(connection.getpeername(), connection.family)
+        session.reply(Reply.SUCCEEDED, source)
+        client_side, target_side = Side(session.connection, "local client"), Side(connection, "remote peer")
+        pair = (client_side, target_side)
+        records = TcpRecords(session, rule, self.event, session.record.side, f"{source} {target}", pair)
+        run_relay(session, records, client_side, target_side)
+
+
+def run_relay(session: Session, records: TcpRecords, client: Side, target: Side) -> str:
+    """Relay between a client and a target that is connected, with the records of it; return the reason for its end."""
+    session.phase = "io"
+    records.opened()
+    client.peer, target.peer = target, client
+    early = bytes(session.stream.pending)
+    session.stream.pending.clear()
+    observe = records.observer()
+    if early:
+        client.received = len(early)
+        target.backlog = early
+        if observe is not None:
+            observe(client, early)
+    session.describe_io = lambda: f"{records.near} <-> {records.far}: {client.received} <-> {target.received}"
+    relay = TcpRelay(client, target, records.rule.timeouts, observe)
+    reason = relay.run()
+    if session.stopping:
+        reason = ENDED_BY_US
+    records.closed(reason)
+    if records.event == "tcp/connect":
+        session.record.closed(client.sent, target.sent, reason)
+    return reason
+
+
+def check_family(config: Config, target: Endpoint, lookup: Lookup) -> None:
+    """Refused unless there is an external address of the target's family."""
+    if target.family not in external_families(config, lookup):
+        raise Refused(
+            f"connect to IPv{target.family} address requested, but no IPv{target.family} address configured "
+            "for our usage on the external interface",
+            Reply.ADDRESS_TYPE_NOT_SUPPORTED,
+        )
+
+
+class BindRequest:
+    """BIND (RFC 1928 section 4): listen for one peer on the client's behalf."""
+
+    def __init__(self, session: Session, request: Request) -> None:
+        self.session = session
+        self.request = request
+        self.target = request.target
+        self.event = "tcp/bind"
+        self.expected: frozenset[str] = frozenset()  # hosts; empty: any
+
+    def run(self) -> None:
+        session = self.session
+        try:
+            listener = self.listen()
+        except Refused as refusal:
+            session.record.request_failed(session.client_rule, self.event, "", str(refusal))
+            session.reply(refusal.reply, self.target)
+            return
+        session.opened.append(listener)
+        bound = endpoint_of(listener.getsockname(), listener.family)
+        decision = session.decide(session.facts("bind", bound))
+        session.authenticated_by(decision.method)
+        if decision.verdict == "block":
+            target = describe_endpoint(self.target)
+            session.record.request_blocked(decision.rule, self.event, target, decision.reason)
+            session.reply(Reply.NOT_ALLOWED, self.target)
+            return
+        session.set_options(listener, decision.rule, "external")
+        listener.listen(1)
+        path = f"{session.record.side} -> {bound} {describe_endpoint(self.target)}"
+        if "connect" in decision.rule.log:
+            session.record.write("pass", decision.rule, self.event, "[", path)
+        session.reply(Reply.SUCCEEDED, bound)
+        reason = self.serve_peer(decision.rule, listener, bound)
+        if "disconnect" in decision.rule.log:
+            rest = f"{path}: {reason}" if reason else path
+            session.record.write("pass", decision.rule, self.event, "]", rest)
+        if reason:
+            session.record.closed(0, 0, reason)
+
+    def listen(self) -> socket.socket:
+        """Return a bound socket, not listening yet, as the rules are asked about its address; Refused."""
+        session, target = self.session, self.target
+        if target.family == 0:
+            check_host_name(target.host)
+            found, fault = session.lookup.resolve(target.host)
+            if not found:
+                text = f'could not resolve hostname "{escape_text(target.host)}": {fault}'
+                raise Refused(text, Reply.HOST_UNREACHABLE)
+            self.expected = frozenset(address.host for address in found)
+            family = found[0].family
+        else:
+            family = target.family
+            check_family(session.config, target, session.lookup)
+            if target.host == "255.255.255.255":
+                raise Refused("client requested disabled Dante extension: bind")
+            if target.host not in IP_ANY:
+                self.expected = frozenset({target.host})
+        external = choose_external(session.config, family, session.local, target, session.lookup)
+        return self.bind(external)
+
+    def bind(self, external: Endpoint) -> socket.socket:
+        """Return a socket bound to an external address, on the wanted port where Dante would take it."""
+        wanted = self.target.port if self.target.host in IP_ANY else 0
+        privileged = wanted < 1024 and "sameport" not in self.session.config.compatibility
+        listener = socket.socket(FAMILY_OF[external.family], socket.SOCK_STREAM)
+        listener.setblocking(False)
+        try:
+            for port in (0,) if privileged or not wanted else (wanted, 0):
+                try:
+                    listener.bind(socket_address(external._replace(port=port)))
+                    return listener
+                except OSError as error:
+                    fault = error
+        except BaseException:
+            listener.close()
+            raise
+        listener.close()
+        raise Refused(f"could not bind {external}: {fault.strerror}", reply_for(fault))
+
+    def serve_peer(self, rule: Rule, listener: socket.socket, bound: Endpoint) -> str:
+        """Wait for the peer and relay; return why there was none, or "" after a relay."""
+        session = self.session
+        deadline = deadline_after(rule.timeouts.io_tcp)
+        try:
+            while True:
+                self.wait_for_peer(listener, deadline)
+                try:
+                    connection, address = listener.accept()
+                except OSError:
+                    continue  # it has gone already
+                peer = endpoint_of(address, connection.family)
+                decision = self.judge_peer(peer, bound)
+                if decision is not None:
+                    break
+                connection.close()
+        except DeadlinePassed:
+            session.reply(Reply.TTL_EXPIRED, UNSPECIFIED)
+            return "i/o timeout"
+        except PeerGone as gone:
+            return ENDED_BY_US if session.stopping else str(gone)
+        session.opened.append(connection)
+        listener.close()
+        if decision.verdict == "block":
+            session.reply(Reply.NOT_ALLOWED, peer)
+            text = f"bind-reply from {peer} blocked by socks-rule #{decision.rule.number}"
+            session.record.refused_above(text)
+            return text
+        self.relay(decision.rule, connection, bound, peer)
+        return ""
+
+    def wait_for_peer(self, listener: socket.socket, deadline: float) -> None:
+        """Wait until somebody connects; PeerGone if the client leaves.
+
+        Unlike Dante: what the client sends meanwhile is kept for the peer.
+        """
+        poller = select.poll()
+        poller.register(listener.fileno(), select.POLLIN)
+        room = len(self.session.stream.pending) < MAX_HANDSHAKE_BYTES
+        poller.register(self.session.connection.fileno(), select.POLLIN if room else 0)
+        while True:
+            events = dict(poller.poll(poll_milliseconds(deadline)))
+            if listener.fileno() in events:
+                return
+            if events:
+                self.session.stream.read_more(deadline)
+                if len(self.session.stream.pending) >= MAX_HANDSHAKE_BYTES:
+                    poller.modify(self.session.connection.fileno(), 0)
+            elif time.monotonic() >= deadline:
+                raise DeadlinePassed("i/o timeout")
+
+    def judge_peer(self, peer: Endpoint, bound: Endpoint) -> Decision | None:
+        """Return the verdict on who has connected, or None for a stranger: the wait goes on.
+
+        Unlike Dante: a stranger, for example a port scanner, does not end the BIND.
+        """
+        session = self.session
+        if self.expected and peer.host not in self.expected:
+            reason = f"expected bindreply from {describe_endpoint(self.target)}, but got it from {peer}"
+            self.log_stranger(session.client_rule, peer, bound, reason)
+            return None
+        facts = session.facts("bindreply", session.client)._replace(source=peer)
+        decision = session.decide(facts)
+        hopeless = not any("bindreply" in r.commands and r.verdict == "pass" for r in session.config.socks_rules)
+        if decision.verdict == "block" and not self.expected and not hopeless:
+            self.log_stranger(decision.rule, peer, bound, "")
+            return None
+        return decision
+
+    def log_stranger(self, rule: Rule, peer: Endpoint, bound: Endpoint, reason: str) -> None:
+        if not LOGS_A_BLOCK.isdisjoint(rule.log):
+            path = f"{peer} {bound} -> {self.session.local} {self.session.client}"
+            rest = f"{path}: {reason}" if reason else path
+            self.session.record.write("block", rule, "tcp/bindreply", "]", rest)
+
+    def relay(self, rule: Rule, connection: socket.socket, bound: Endpoint, peer: Endpoint) -> None:
+        """Tell the client who has come, and move data until the end."""
+        session = self.session
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(session.serving.keepalive))
+        session.reply(Reply.SUCCEEDED, peer)
+        client_side, peer_side = Side(session.connection, "local client"), Side(connection, "remote peer")
+        inside = f"{session.local} {session.client}"
+        # As Dante: a bindreply is recorded from the peer's end.
+        records = TcpRecords(session, rule, "tcp/bindreply", f"{peer} {bound}", inside, (peer_side, client_side))
+        reason = run_relay(session, records, client_side, peer_side)
+        self.finish(client_side, peer_side, reason)
+
+    def finish(self, client: Side, peer: Side, reason: str) -> None:
+        self.session.record.closed(client.sent, peer.sent, reason)
+
+
+class UdpRequest:
+    """UDP ASSOCIATE (RFC 1928 section 7).  It is the UdpEvents of its relay."""
+
+    def __init__(self, session: Session, request: Request) -> None:
+        self.session = session
+        self.request = request
+        self.rule = FINAL_SOCKS_BLOCK
+        self.event = "udp/udpassociate"
+
+    def run(self) -> None:
+        session, target = self.session, self.request.target
+        decision = session.decide(session.facts("udpassociate", None))
+        session.authenticated_by(decision.method)
+        if decision.verdict == "block":
+            session.record.request_blocked(decision.rule, self.event, describe_endpoint(target), decision.reason)
+            session.reply(Reply.NOT_ALLOWED, target)
+            return
+        self.rule = decision.rule
+        try:
+            relay = self.bind_relay()
+        except OSError as error:
+            session.record.request_failed(self.rule, self.event, "", error.strerror or str(error))
+            session.reply(Reply.FAILURE, target)
+            return
+        session.opened.append(relay)
+        session.set_options(relay, self.rule, "internal")
+        local = endpoint_of(relay.getsockname(), relay.family)
+        if "connect" in self.rule.log:
+            session.record.write("pass", self.rule, self.event, "[", f"{describe_endpoint(target)} {local}")
+        session.reply(Reply.SUCCEEDED, local)
+        self.relay(relay)
+
+    def bind_relay(self) -> socket.socket:
+        """Return the client-side socket, on the address that the client's connection came in on; OSError."""
+        local = self.session.local
+        relay = socket.socket(FAMILY_OF[local.family], socket.SOCK_DGRAM)
+        relay.setblocking(False)
+        for port in port_candidates(self.rule.udp_portrange):
+            try:
+                relay.bind(socket_address(local._replace(port=port)))
+                return relay
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    relay.close()
+                    raise
+        relay.close()
+        raise OSError(errno.EADDRINUSE, "no free ports in range to bind")
+
+    def expected_client(self) -> Endpoint:
+        """Return who may use the association: the client's host, and the port if the request names it.
+
+        The address in the request is often nonsense (behind NAT, or the target's), and never resolved: only one
+        that can be the client's makes its port count.
+        """
+        host, port, _ = self.request.target
+        own = host in IP_ANY or host in ("", "0") or host == self.session.client.host
+        return self.session.client._replace(port=port if own else 0)
+
+    def relay(self, relay: socket.socket) -> None:
+        """Relay datagrams and record the end."""
+        session = self.session
+        session.phase = "io"
+        udp = UdpRelay(
+            session.connection, relay, self.expected_client(), self, self.rule.timeouts, session.config.udp_connectdst
+        )
+        session.describe_io = lambda: f"udp: {udp.client} {udp.local}: {len(udp.paths)} families"
+        try:
+            reason = udp.run()
+        finally:
+            udp.close()
+        self.log_end(udp, ENDED_BY_US if session.stopping else reason)
+
+    def log_end(self, udp: UdpRelay, reason: str) -> None:
+        record, end = self.session.record, self.session.record.closing(self.rule, reason)
+        client = udp.client if udp.client_known else UNSPECIFIED
+        near = f"{self.describe_user(client)} {udp.local}"
+        if end and not udp.paths:
+            record.write("pass", self.rule, self.event, "]", f"0/0 -> {near} -> 0/0{end}")
+        for path in udp.paths.values() if end else ():
+            inside = (
+                f"{path.client_received_bytes}/{path.client_received_packets} -> {near} -> "
+                f"{path.client_sent_bytes}/{path.client_sent_packets}"
+            )
+            outside = (
+                f"{path.sent_bytes}/{path.sent_packets} -> {path.local} {path.only_target()} -> "
+                f"{path.received_bytes}/{path.received_packets}"
+            )
+            record.write("pass", self.rule, self.event, "]", f"{inside}, {outside}{end}")
+        to_client = sum(path.client_received_bytes for path in udp.paths.values())
+        to_targets = sum(path.sent_bytes for path in udp.paths.values())
+        record.closed(to_client, to_targets, reason)
+
+    def describe_user(self, client: Endpoint) -> str:
+        return self.session.record.side.split(" ")[0].replace(str(self.session.client), str(client))
+
+    # --- UdpEvents ---
+
+    def stopping(self) -> bool:
+        return self.session.stopping
+
+    def judge_datagram(self, client: Endpoint, target: Endpoint) -> Decision:
+        session = self.session
+        if target.host in IP_ANY and target.family:
+            raise Refused(f"could not resolve target address {target}.  Non-DNS error: no system error ")
+        addresses: tuple[Endpoint, ...] = (target,)
+        if target.family == 0:
+            check_host_name(target.host)
+            found, fault = session.lookup.resolve(target.host)
+            if not found:
+                raise Refused(f"could not resolve target address {describe_endpoint(target)}: {fault} ")
+            addresses = tuple(address._replace(port=target.port) for address in found)
+        elif target.family not in external_families(session.config, session.lookup):
+            raise Refused(
+                f"packet for IPv{target.family} address target, but no IPv{target.family} address configured "
+                "for our usage on the external interface "
+            )
+        return session.decide(session.facts("udpassociate", target, addresses)._replace(source=client))
+
+    def judge_reply(self, sender: Endpoint, client: Endpoint) -> Decision:
+        return self.session.decide(self.session.facts("udpreply", client)._replace(source=sender))
+
+    def open_external(self, target: Endpoint, client: Endpoint) -> socket.socket:
+        session = self.session
+        source = choose_external(session.config, target.family, session.local, target, session.lookup)
+        connection = socket.socket(FAMILY_OF[target.family], socket.SOCK_DGRAM)
+        try:
+            connection.setblocking(False)
+            session.set_options(connection, self.rule, "external")
+            bind_external(connection, source, client)
+        except OSError:
+            connection.close()
+            raise
+        return connection
+
+    def log_datagram(self, decision: Decision, packet: Packet, data: bytes) -> None:
+        rule = decision.rule
+        event = f"udp/{packet.command}"
+        if decision.verdict == "block":
+            if not LOGS_A_BLOCK.isdisjoint(rule.log):
+                self.session.record.write("block", rule, event, "-", self.describe_packet(packet))
+        elif rule.log & {"ioop", "data"}:
+            payload = f": {escape_bytes(data)}" if data and "data" in rule.log else ""
+            rest = f"{self.describe_packet(packet)} ({len(data)}){payload}"
+            self.session.record.write("pass", rule, event, "-", rest)
+
+    def log_dropped(self, packet: Packet, reason: str) -> None:
+        if not LOGS_AN_ERROR.isdisjoint(self.rule.log):
+            rest = f"{self.describe_packet(packet)}: {reason}"
+            self.session.record.write("block", self.rule, f"udp/{packet.command}", "-", rest)
+
+    def describe_packet(self, packet: Packet) -> str:
+        """Return a datagram's addresses in the order of its travel."""
+        inside = (self.describe_user(packet.client), str(packet.relay))
+        target = describe_endpoint(packet.target or UNSPECIFIED)
+        outside = (str(packet.external or UNSPECIFIED), target)
+        if packet.command == "udpreply":
+            return f"{outside[1]} {outside[0]} -> {inside[1]} {inside[0]}"
+        return f"{inside[0]} {inside[1]} -> {outside[0]} {outside[1]}"
+
+    def notice_control(self, length: int) -> None:
+        client = self.session.client
+        text = f"{describe_count(length, 'unexpected byte')} over control connection from client {client}"
+        self.session.serving.log.write("notice", text)
+
+
+def port_candidates(port_range: tuple[int, int] | None) -> Iterable[int]:
+    """Return the ports to try for a UDP relay: a whole turn through udp.portrange, from a random start."""
+    if port_range is None:
+        return (0,)
+    low, high = port_range
+    start = low + int.from_bytes(os.urandom(4), "big") % (high - low + 1)
+    return (*range(start, high + 1), *range(low, start))
+
+
+# ============================== 15. Processes ==============================
+# The bodies of the three kinds of children: worker (clients), resolver (names) and warden
+# (passwords, privileged ports).  Each obeys the mother through its control socket and ends when that closes,
+# so no child outlives the mother.
+
+THREAD_STACK_BYTES = 256 * 1024  # getaddrinfo and regular expressions need far less; 32-bit hosts have little room
+IDLE_THREAD_SECONDS = 10.0  # a thread without a client waits this long for the next
+STOP_SECONDS = 0.6  # from the order to stop until a worker's sessions have ended and written their records
+ACCEPT_PAUSE_SECONDS = 0.1  # after the system ran out of descriptors, memory or threads
+RESOLVER_THREADS = 32  # questions answered at once; more wait in the inbox
+VERIFIERS = 64  # password checks at once; a PAM module may sleep 2 seconds over each
+
+
+class Order(enum.IntEnum):
+    """All that the mother tells a child."""
+
+    STOP = 1  # end the sessions and exit
+    DRAIN = 2  # accept no more and exit when the last session has ended
+    REPORT = 3  # log the state of each session
+    LOGS = 4  # (names of logoutput, "", names of errorlog), with a descriptor for each that is not standard
+
+
+class Handover:
+    """A thread that waits for its next client.  Lives in the worker's stack of idle threads."""
+
+    __slots__ = ("lock", "session")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.lock.acquire()
+        self.session: Session | None = None
+
+
+class Worker:
+    """Accepts clients and runs a thread for each.  Owned by the main thread of a worker process."""
+
+    def __init__(self, serving: Serving, listeners: Sequence[socket.socket], control: socket.socket) -> None:
+        self.serving = serving
+        self.log = serving.log
+        self.listeners = {listener.fileno(): listener for listener in listeners}
+        self.control = control
+        self.sessions: set[Session] = set()  # changed by the sessions' threads; each operation is atomic
+        self.idle: collections.deque[Handover] = collections.deque()
+        self.poller = select.poll()
+        self.reserve = os.dup(control.fileno())  # given up for a moment when descriptors run out
+        self.draining = False
+        self.complained = False
+        self.accepted = 0
+        self.started = time.monotonic()
+
+    def run(self) -> int:
+        """Serve until ordered otherwise; return the exit status."""
+        threading.stack_size(THREAD_STACK_BYTES)
+        self.poller.register(self.control.fileno(), select.POLLIN)
+        for descriptor in self.listeners:
+            self.poller.register(descriptor, select.POLLIN)
+        while not (self.draining and not self.sessions):
+            for descriptor, _ in self.poller.poll(200 if self.draining else None):
+                if descriptor != self.control.fileno():
+                    self.accept(self.listeners[descriptor])
+                elif not self.obey():
+                    return self.stop()
+        return 0
+
+    def obey(self) -> bool:
+        """Carry out one order of the mother; False for the order to stop, also when she is gone."""
+        message = receive_order(self.control)
+        if message is None or message[0] == Order.STOP:
+            return False
+        order, fields, descriptors = message
+        if order == Order.LOGS:
+            self.log.adopt(fields, descriptors)
+        elif order == Order.REPORT:
+            self.report()
+        elif order == Order.DRAIN:
+            self.draining = True
+            self.close_listeners()
+        return True
+
+    def close_listeners(self) -> None:
+        for descriptor, listener in self.listeners.items():
+            self.poller.unregister(descriptor)
+            listener.close()
+        self.listeners = {}
+
+    def stop(self) -> int:
+        """End every session, give each the time to write its records, and return the exit status."""
+        self.close_listeners()
+        deadline = time.monotonic() + STOP_SECONDS
+        while self.sessions and time.monotonic() < deadline:
+            for session in tuple(self.sessions):
+                session.abort()
+            time.sleep(0.01)
+        return 0
+
+    def report(self) -> None:
+        """Log the state of this process and of its sessions (SIGUSR1)."""
+        sessions = tuple(self.sessions)
+        age = describe_age(time.monotonic() - self.started)
+        self.log.write("info", f"worker up {age}, a: {self.accepted}, c: {len(sessions)}")
+        for session in sessions:
+            self.log.write("info", session.describe())
+
+    def accept(self, listener: socket.socket) -> None:
+        """Take one connection off a listener and give it to a thread."""
+        try:
+            connection, address = listener.accept()
+        except BlockingIOError:
+            return  # another worker was quicker
+        except OSError as error:
+            self.survive_shortage(listener, error)
+            return
+        self.complained = False
+        self.accepted += 1
+        connection.setblocking(False)
+        try:
+            local = endpoint_of(connection.getsockname(), connection.family)
+        except OSError:
+            connection.close()
+            return
+        session = Session(self.serving, connection, endpoint_of(address, connection.family), local)
+        self.sessions.add(session)
+        self.hand_over(session)
+
+    def survive_shortage(self, listener: socket.socket, error: OSError) -> None:
+        """Refuse one client cleanly where the system has nothing left for it, and rest a moment."""
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            return  # the client has gone before it was accepted
+        self.complain(f"accept: {error.strerror}")
+        if error.errno == errno.EMFILE:
+            os.close(self.reserve)
+            try:
+                listener.accept()[0].close()
+            except OSError:
+                pass
+            self.reserve = os.dup(self.control.fileno())
+        time.sleep(ACCEPT_PAUSE_SECONDS)
+
+    def complain(self, text: str) -> None:
+        """Log a shortage once, until a client could be served again."""
+        if not self.complained:
+            self.complained = True
+            self.log.write("warning", f"{text}; refusing new clients until there is room again")
+
+    def hand_over(self, session: Session) -> None:
+        """Give a session to a waiting thread, or to a new one."""
+        try:
+            handover = self.idle.pop()
+        except IndexError:
+            self.start_thread(session)
+            return
+        handover.session = session
+        handover.lock.release()
+
+    def start_thread(self, session: Session) -> None:
+        thread = threading.Thread(target=self.serve_sessions, args=(session,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self.sessions.discard(session)
+            session.connection.close()
+            self.complain(str(error))
+            time.sleep(ACCEPT_PAUSE_SECONDS)
+
+    def serve_sessions(self, session: Session | None) -> None:
+        """Run sessions one after the other: the life of a session thread."""
+        handover = Handover()
+        while session is not None:
+            self.run_session(session)
+            handover.session = session = None
+            self.idle.append(handover)
+            if not handover.lock.acquire(timeout=IDLE_THREAD_SECONDS):
+                try:
+                    self.idle.remove(handover)
+                    return
+                except ValueError:
+                    handover.lock.acquire()  # somebody has just taken it off the stack
+            session = handover.session
+
+    def run_session(self, session: Session) -> None:
+        """Run one session; an error of ours ends this session and no other."""
+        try:
+            session.run()
+        except Exception as error:  # the one place for what nobody expected
+            self.log.write("error", f"internal error in the session of {session.client}: {describe_bug(error)}")
+        finally:
+            self.sessions.discard(session)
+
+
+def describe_age(seconds: float) -> str:
+    """Return an age as Dante's SIGUSR1 records spell it.
+
+    >>> describe_age(90061)
+    '1 day, 1:01:01'
+    """
+    days, rest = divmod(int(seconds), SECONDS_PER_DAY)
+    return f"{describe_count(days, 'day')}, {rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+
+
+def describe_bug(error: BaseException) -> str:
+    """Return an unexpected error with where it was raised, in one line and without any value.
+
+    Not a traceback module's text: that would open source files, and values may be secrets.
+    """
+    places, frame = [], error.__traceback__
+    while frame is not None:
+        places.append(f"{frame.tb_frame.f_code.co_name}:{frame.tb_lineno}")
+        frame = frame.tb_next
+    return f"{type(error).__name__} at {' > '.join(places)}"
+
+
+def receive_order(control: socket.socket) -> tuple[int, list[bytes], list[int]] | None:
+    """Read the mother's next order; None when she is gone."""
+    try:
+        data, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, 16)
+    except OSError:
+        return None
+    if not data:
+        return None
+    kind, fields = decode_message(data)
+    return kind, fields, descriptors
+
+
+def run_helper(
+    serving: Serving, inbox: socket.socket, control: socket.socket, granted: frozenset[Favour], grant: Callable[[Question], None]
+) -> int:
+    """Answer questions until the mother says stop: the life of resolver and warden."""
+    poller = select.poll()
+    poller.register(inbox.fileno(), select.POLLIN)
+    poller.register(control.fileno(), select.POLLIN)
+    while True:
+        for descriptor, _ in poller.poll():
+            if descriptor == control.fileno():
+                message = receive_order(control)
+                if message is None or message[0] in (Order.STOP, Order.DRAIN):
+                    return 0
+                if message[0] == Order.LOGS:
+                    serving.log.adopt(message[1], message[2])
+                continue
+            try:
+                grant(receive_question(inbox, granted))
+            except BlockingIOError:
+                continue  # another helper was quicker
+            except MalformedMessage as error:
+                control.send(encode_message(0, [str(error.pid).encode(), str(error).encode()]))
+
+
+class Resolver:
+    """Asks the system for names: getaddrinfo blocks and has no time-out, so a few threads take turns."""
+
+    GRANTED = frozenset({Favour.RESOLVE, Favour.REVERSE, Favour.INTERFACE, Favour.GROUPS})
+
+    def __init__(self) -> None:
+        self.free = threading.Semaphore(RESOLVER_THREADS)
+
+    def grant(self, question: Question) -> None:
+        """Answer a question in a thread of its own; waits while all are busy."""
+        self.free.acquire()
+        try:
+            threading.Thread(target=self.answer, args=(question,), daemon=True).start()
+        except RuntimeError:
+            self.free.release()
+            question.reply([b"no thread is left to ask the resolver"])
+
+    def answer(self, question: Question) -> None:
+        try:
+            question.reply([b"", *RESOLVER_FAVOURS[question.favour](question.fields)])
+        except (OSError, KeyError, ValueError) as error:
+            text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            question.reply([text.encode("utf-8", "replace")[:255]])
+        finally:
+            self.free.release()
+
+
+def grant_resolve(fields: list[bytes]) -> list[bytes]:
+    families = [int(digit) for digit in fields[1].decode("ascii") if digit in "46"]
+    return encode_endpoints(resolve_name(fields[0].decode("latin-1"), families)[:MAX_FIELDS - 1]) if families else []
+
+
+def grant_reverse(fields: list[bytes]) -> list[bytes]:
+    (address,) = decode_endpoints(fields)
+    return [name.encode("latin-1", "replace")[:255] for name in reverse_names(address)[:8]]
+
+
+def grant_interface(fields: list[bytes]) -> list[bytes]:
+    return encode_endpoints(interface_addresses().get(fields[0].decode("latin-1"), ())[:64])
+
+
+def grant_groups(fields: list[bytes]) -> list[bytes]:
+    """Return the names of a user's groups; KeyError if there is no such user."""
+    user = os.fsdecode(fields[0])
+    names = []
+    for number in os.getgrouplist(user, pwd.getpwnam(user).pw_gid):
+        try:
+            names.append(os.fsencode(grp.getgrgid(number).gr_name))
+        except KeyError:
+            continue
+    return names[:64]
+
+
+RESOLVER_FAVOURS = {
+    Favour.RESOLVE: grant_resolve,
+    Favour.REVERSE: grant_reverse,
+    Favour.INTERFACE: grant_interface,
+    Favour.GROUPS: grant_groups,
+}
+
+
+class Warden:
+    """Checks passwords and binds ports, with the power for it.
+
+    Each check runs in a child: what a PAM module does there, sleeping, crashing or keeping
+    the password, ends with the child.
+    """
+
+    GRANTED = frozenset({Favour.PASSWORD, Favour.BIND})
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.children: set[int] = set()
+
+    def grant(self, question: Question) -> None:
+        if question.favour == Favour.BIND:
+            self.bind(question)
+            return
+        self.reap(len(self.children) >= VERIFIERS)
+        pid = fork_verifier(lambda: question.reply([self.verify(question.fields).encode()]))
+        self.children.add(pid)
+        question.answer.close()
+
+    def reap(self, must_wait: bool) -> None:
+        """Forget the checks that have ended; wait for one if there is no room for another."""
+        while self.children:
+            pid, _ = os.waitpid(-1, 0 if must_wait else os.WNOHANG)
+            if pid == 0:
+                return
+            self.children.discard(pid)
+            must_wait = False
+
+    def verify(self, fields: list[bytes]) -> str:
+        """Return "" if the credentials are right, else why not."""
+        method, _, user, password = fields[:4]
+        if method == b"username":
+            return verify_username(self.config.passwordfile, user, password)
+        return f"method {escape_bytes(method)} cannot be verified on this system"
+
+    def bind(self, question: Question) -> None:
+        """Bind a socket to one of our own addresses on a privileged port (compatibility: sameport)."""
+        kind, address, port = question.fields
+        (endpoint,) = decode_endpoints([address])
+        kinds = {b"tcp": socket.SOCK_STREAM, b"udp": socket.SOCK_DGRAM}
+        try:
+            with socket.socket(FAMILY_OF[endpoint.family], kinds[kind]) as bound:
+                bound.bind(socket_address(endpoint._replace(port=int(port))))
+                question.reply([b""], [bound.fileno()])
+        except (OSError, KeyError, ValueError) as error:
+            question.reply([str(error).encode()])
+
+
+# ============================== 16. Mother ==============================
+# The process with the power: binds, opens logs, forks the others, acts on signals.  It has one
+# thread and never reads a byte of a client.
+
+DEFAULT_PIDFILE = "/var/run/sockd.pid"
+DEFAULT_CONFIG = "/etc/sockd.conf"
+PIDFILE_MODE = 0o644  # As Dante.
+FALLBACK_USER = "nobody"  # where root starts us and user.unprivileged is not set
+RESPAWN_SECONDS = 1.0  # at least this long between two forks of a child that keeps dying
+CHILDREN_STOP_SECONDS = 0.9  # for children that do not end by themselves
+
+
+class Options(NamedTuple):
+    """The command line."""
+
+    config_file: str = DEFAULT_CONFIG
+    pidfile: str = ""  # "": the default, and no complaint if it cannot be written
+    daemon: bool = False
+    servers: int = 0  # -N; 0: not given
+    debug: int | None = None
+    keepalive: bool = True
+    chroot: str = ""
+    program: str = "sockd"
+
+
+def read_config(options: Options) -> tuple[Config | None, tuple[Complaint, ...]]:
+    """Parse the configuration file and check what needs this machine; opens no port."""
+    path = options.config_file
+    try:
+        with open(path, "rb") as file:
+            # Names of users and hosts are bytes of no known encoding: latin-1 keeps them (see WIRE_TEXT).
+            text = file.read().decode("latin-1")
+    except OSError as error:
+        return None, (Complaint("error", f"could not open config file {path}: {error.strerror}"),)
+    config, complaints = parse_config(text, path, SystemSurroundings())
+    if config is None:
+        return None, complaints
+    more = (*find_unsupported(config), *find_unusable_externals(config))
+    return (None if more else config), (*complaints, *more)
+
+
+def find_unusable_externals(config: Config) -> tuple[Complaint, ...]:
+    """Complain of each external address that is not one of this machine's."""
+    complaints = []
+    for external in config.external:
+        try:
+            if external.endpoint is not None:
+                check_bindable(external.endpoint)
+        except OSError as error:
+            text = f'cannot use external address "{external.text}": {error.strerror}'
+            complaints.append(Complaint("error", text, external.position, hint="it must be an address of this machine"))
+    return tuple(complaints)
+
+
+class Pidfile:
+    """The pid file: locked while the server runs, emptied at its end as danted does, and removed if it can be."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.descriptor = -1
+
+    def acquire(self) -> None:
+        """Open and lock the file; OSError if that cannot be done, ConfigError if another server holds it."""
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, PIDFILE_MODE)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(self.descriptor, 32).decode("ascii", "replace").strip()
+            raise ConfigError(f"already running as process {pid} (pid file {self.path})") from None
+
+    def write(self) -> None:
+        """Write our pid."""
+        if self.descriptor >= 0:
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+
+    def release(self) -> None:
+        """Empty and remove the file."""
+        if self.descriptor < 0:
+            return
+        os.ftruncate(self.descriptor, 0)
+        try:
+            os.unlink(self.path)
+        except OSError:
+            pass  # the directory is not ours to write in
+        os.close(self.descriptor)
+        self.descriptor = -1
+
+
+class Child(NamedTuple):
+    """A child as the mother knows it."""
+
+    kind: str  # worker, resolver or warden
+    control: socket.socket
+    number: int  # workers: 1 to their count
+    generation: int  # counts reloads: only children of the newest are replaced when they die
+
+
+class Mother:
+    """Owns listeners, children, pid file and signals; lives in the main thread of the first process."""
+
+    def __init__(self, options: Options, config: Config) -> None:
+        self.options = options
+        self.config = config
+        self.log = Log(options.program)
+        self.listeners: dict[Endpoint, socket.socket] = {}  # by the address as configured
+        self.children: dict[int, Child] = {}
+        self.generation = 0
+        self.pidfile = Pidfile(options.pidfile or DEFAULT_PIDFILE)
+        self.resolver_inbox = self.warden_inbox = (socket.socket(), socket.socket())
+        self.wakeup = (-1, -1)
+        self.ending = False
+        self.last_spawn = 0.0
+        self.due: list[tuple[float, str, int]] = []  # (when, kind, number): children to fork again
+
+    # --- start ---
+
+    def start(self) -> None:
+        """Bind, open, fork: all that can fail does so before -D lets the caller go; ConfigError, OSError."""
+        self.open_logs()
+        self.accounts = self.find_accounts()
+        raise_descriptor_limit(self.log)
+        self.resolver_inbox, self.warden_inbox = make_inbox(), make_inbox()
+        self.listeners = self.bind_listeners(self.config, {})
+        self.take_pidfile()
+        preload()
+        if self.options.daemon:
+            daemonize()
+        self.write_pid()
+        self.catch_signals()
+        self.announce_listeners(self.listeners)
+        self.spawn_children()
+
+    def open_logs(self) -> None:
+        level = self.config.debug if self.options.debug is None else self.options.debug
+        self.log.debug_level = level
+        self.log.open(self.config.logoutput, self.config.errorlog)
+
+    def find_accounts(self) -> tuple[Account | None, Account | None]:
+        """Return the accounts to run as: (privileged, unprivileged); None where we stay who we are."""
+        if os.geteuid() != 0:
+            return None, None
+        config = self.config
+        privileged = find_account(config.user_privileged) if config.user_privileged else None
+        if config.user_unprivileged:
+            unprivileged = find_account(config.user_unprivileged)
+            if unprivileged.uid == 0:
+                self.log.write("warning", "setting the unprivileged uid to 0 is not recommended for security reasons")
+        else:
+            # Unlike Dante, which then serves its clients as root.
+            unprivileged = find_account(FALLBACK_USER)
+            self.log.write("warning", f'user.unprivileged is not set: serving clients as user "{FALLBACK_USER}"')
+        return privileged, unprivileged
+
+    def bind_listeners(self, config: Config, present: dict[Endpoint, socket.socket]) -> dict[Endpoint, socket.socket]:
+        """Return the listening sockets of a configuration, taking over those present; ConfigError if one fails.
+
+        A socket that is in both keeps its descriptor and its queue of waiting clients.
+        """
+        bound: dict[Endpoint, socket.socket] = {}
+        try:
+            for endpoint in config.internal:
+                bound[endpoint] = present.get(endpoint) or listen_on(endpoint, self.options.keepalive)
+                for failure in set_options(bound[endpoint], config.socket_options, "internal"):
+                    self.log.write("warning", failure)
+        except OSError as error:
+            for key, listener in bound.items():
+                if present.get(key) is not listener:
+                    listener.close()
+            raise ConfigError(
+                f"cannot listen on {endpoint}: {error.strerror}"
+                + (" (is another server running there?)" if error.errno == errno.EADDRINUSE else "")
+            ) from None
+        return bound
+
+    def take_pidfile(self) -> None:
+        try:
+            self.pidfile.acquire()
+        except OSError as error:
+            # As Dante: the server runs on without it.
+            if self.options.pidfile or os.geteuid() == 0:
+                self.log.write("warning", f"could not open pidfile {self.pidfile.path} for writing: {error.strerror}")
+
+    def write_pid(self) -> None:
+        try:
+            self.pidfile.write()
+        except OSError as error:
+            self.log.write("warning", f"could not write pidfile {self.pidfile.path}: {error.strerror}")
+
+    def announce_listeners(self, listeners: Iterable[Endpoint]) -> None:
+        """Log the ports that the system has chosen (internal: ... port = 0)."""
+        for endpoint in listeners:
+            if endpoint.port == 0:
+                listener = self.listeners[endpoint]
+                self.log.write("info", f"listening on {endpoint_of(listener.getsockname(), listener.family)}")
+
+    def catch_signals(self) -> None:
+        """Let signals wake the loop; that is all that a handler ever does."""
+        self.wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self.wakeup[1], warn_on_full_buffer=False)
+        for number in (*SIGNALS, signal.SIGCHLD):
+            signal.signal(number, ignore_signal)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+    # --- children ---
+
+    def count_workers(self) -> int:
+        return self.options.servers or 1
+
+    def spawn_children(self) -> None:
+        gc.collect()
+        gc.freeze()  # the collector then leaves the pages that all processes share alone
+        for kind in ("resolver", "warden"):
+            self.spawn_child(kind, 0)
+        for number in range(1, self.count_workers() + 1):
+            self.spawn_child("worker", number)
+
+    def spawn_child(self, kind: str, number: int) -> None:
+        """Fork a child of a kind, with the present configuration."""
+        inherited = [child.control.fileno() for child in self.children.values()]
+        inherited += [descriptor for descriptor in self.wakeup]
+        if self.pidfile.descriptor >= 0:
+            inherited.append(self.pidfile.descriptor)
+        body = {"worker": self.be_worker, "resolver": self.be_resolver, "warden": self.be_warden}[kind]
+        self.last_spawn = time.monotonic()
+        pid, control = spawn(lambda control: body(control, number), inherited)
+        self.children[pid] = Child(kind, control, number, self.generation)
+
+    def serving(self) -> Serving:
+        resolver, warden = Channel(self.resolver_inbox[1]), Channel(self.warden_inbox[1])
+        return Serving(self.config, self.log, resolver, warden, self.options.keepalive)
+
+    def be_worker(self, control: socket.socket, number: int) -> int:
+        """The life of a worker, in its process."""
+        self.resolver_inbox[0].close()
+        self.warden_inbox[0].close()
+        worker = Worker(self.serving(), tuple(self.listeners.values()), control)
+        drop_privileges(self.accounts[1], self.options.chroot or self.config.chroot)
+        self.log.write("info", f"sockd/server[{number}/{self.count_workers()}] v{__version__} running")
+        return worker.run()
+
+    def be_resolver(self, control: socket.socket, _: int) -> int:
+        """The life of the resolver, in its process."""
+        for listener in self.listeners.values():
+            listener.close()
+        threading.stack_size(THREAD_STACK_BYTES)
+        drop_privileges(self.accounts[1], "")
+        return run_helper(self.serving(), self.resolver_inbox[0], control, Resolver.GRANTED, Resolver().grant)
+
+    def be_warden(self, control: socket.socket, _: int) -> int:
+        """The life of the warden, in its process."""
+        for listener in self.listeners.values():
+            listener.close()
+        return run_helper(self.serving(), self.warden_inbox[0], control, Warden.GRANTED, Warden(self.config).grant)
+
+    def order(self, child: Child, order: Order) -> None:
+        """Tell a child what to do; one that is gone will be reaped."""
+        fields, descriptors = self.log.export() if order == Order.LOGS else ([], [])
+        try:
+            if descriptors:
+                socket.send_fds(child.control, [encode_message(order, fields)], descriptors)
+            else:
+                child.control.send(encode_message(order, fields))
+        except OSError:
+            pass
+
+    # --- the loop ---
+
+    def run(self) -> int:
+        """Act on signals and children until the server ends; return the exit status."""
+        while not self.ending:
+            poller = select.poll()
+            poller.register(self.wakeup[0], select.POLLIN)
+            by_descriptor = {child.control.fileno(): pid for pid, child in self.children.items()}
+            for descriptor in by_descriptor:
+                poller.register(descriptor, select.POLLIN)
+            timeout = min((when for when, _, _ in self.due), default=NO_DEADLINE)
+            for descriptor, _ in poller.poll(poll_milliseconds(timeout)):
+                if descriptor == self.wakeup[0]:
+                    self.act_on_signals()
+                else:
+                    self.hear_child(by_descriptor[descriptor])
+            self.respawn()
+        return self.end()
+
+    def act_on_signals(self) -> None:
+        """Do once what each signal that has come asks for, however often it came."""
+        numbers = set(os.read(self.wakeup[0], 4096))
+        self.reap()
+        for number, method in SIGNALS.items():
+            if number in numbers:
+                method(self, number)
+
+    def on_end(self, number: int) -> None:
+        self.log.write("info", f"sigterm(): exiting on signal {number}")
+        self.ending = True
+
+    def on_hup(self, _: int) -> None:
+        """Reload; on any fault keep what is running.  Unlike Dante, which a broken file ends."""
+        self.log.write("info", "SIGHUP [: reloading config")
+        config, complaints = read_config(self.options)
+        try:
+            if config is None:
+                raise ConfigError("the running configuration is kept")
+            listeners = self.bind_listeners(config, self.listeners)
+        except ConfigError as error:
+            self.log_complaints(complaints)
+            self.log.write("error", f"SIGHUP ]: config not reloaded: {error}")
+            return
+        self.switch(config, listeners)
+        self.log_complaints(complaints)
+        self.log.write("info", "SIGHUP ]: config reloaded.  Broadcasting to children to do the same")
+
+    def log_complaints(self, complaints: Iterable[Complaint]) -> None:
+        """Log what the parser says, one record for each complaint."""
+        for complaint in complaints:
+            where = f"{complaint.position}: " if complaint.position else ""
+            hint = f" ({complaint.hint})" if complaint.hint else ""
+            self.log.write(complaint.level, where + complaint.text + hint)
+
+    def switch(self, config: Config, listeners: dict[Endpoint, socket.socket]) -> None:
+        """Go over to a new configuration: new children take it up, the old ones finish their sessions."""
+        old_children = tuple(self.children.values())
+        old_listeners, self.listeners = self.listeners, listeners
+        self.config = config
+        self.open_logs()
+        try:
+            self.accounts = self.find_accounts()
+        except ConfigError as error:
+            self.log.write("error", f"{error}; the accounts stay as they were")
+        self.generation += 1
+        self.due = []
+        self.announce_listeners(e for e in listeners if e not in old_listeners)
+        self.spawn_children()
+        for child in old_children:
+            self.order(child, Order.LOGS)
+            self.order(child, Order.DRAIN)
+        for endpoint, listener in old_listeners.items():
+            if endpoint not in listeners:
+                listener.close()
+
+    def on_usr1(self, _: int) -> None:
+        """Log the state of the server."""
+        kinds = [child.kind for child in self.children.values()]
+        counts = ", ".join(f"{kind}s: {kinds.count(kind)}" for kind in ("worker", "resolver", "warden"))
+        self.log.write("info", f"sockd v{__version__} {counts}, configuration #{self.generation + 1}")
+        for child in self.children.values():
+            if child.kind == "worker":
+                self.order(child, Order.REPORT)
+
+    def reap(self) -> None:
+        """Bury the children that have ended, and plan new ones for those that should not have."""
+        while self.children:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            child = self.children.pop(pid, None)
+            if child is None:
+                continue
+            child.control.close()
+            if child.generation != self.generation and status == 0:
+                continue
+            self.log.write("warning", f"{child.kind} {pid} exited unexpectedly{describe_status(status)}")
+            if child.generation == self.generation:
+                when = max(time.monotonic(), self.last_spawn + RESPAWN_SECONDS)
+                self.due.append((when, child.kind, child.number))
+
+    def respawn(self) -> None:
+        """Fork again the children whose time has come."""
+        now = time.monotonic()
+        due, self.due = [d for d in self.due if d[0] <= now], [d for d in self.due if d[0] > now]
+        for _, kind, number in due:
+            self.spawn_child(kind, number)
+
+    def hear_child(self, pid: int) -> None:
+        """Read what a child has to say: a helper may report a worker that has gone wrong."""
+        child = self.children.get(pid)
+        if child is None:
+            return
+        try:
+            data = child.control.recv(MAX_MESSAGE_BYTES)
+            if not data:
+                self.reap_soon(pid, child)
+                return
+            _, fields = decode_message(data)
+            culprit = int(fields[0])
+        except (OSError, ProtocolError, ValueError, IndexError):
+            return
+        if child.kind != "worker" and culprit in self.children and self.children[culprit].kind == "worker":
+            self.log.write("error", f"worker {culprit} sent a malformed message: ending it")
+            os.kill(culprit, signal.SIGKILL)
+
+    def reap_soon(self, pid: int, child: Child) -> None:
+        """Wait for a child that has closed its control socket: it is ending, or no longer to be trusted."""
+        try:
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            return
+        del self.children[pid]
+        child.control.close()
+        if child.generation == self.generation:
+            self.log.write("warning", f"{child.kind} {pid} exited unexpectedly{describe_status(status)}")
+            when = max(time.monotonic(), self.last_spawn + RESPAWN_SECONDS)
+            self.due.append((when, child.kind, child.number))
+
+    # --- the end ---
+
+    def end(self) -> int:
+        """Close the listeners, end the children, and leave nothing behind; return the exit status."""
+        for listener in self.listeners.values():
+            listener.close()
+        for child in self.children.values():
+            self.order(child, Order.STOP)
+        self.wait_for_children(time.monotonic() + CHILDREN_STOP_SECONDS)
+        for pid in self.children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self.pidfile.release()
+        self.log.write("alert", "mother[1/1]: shutting down")
+        self.log.close()
+        return 0
+
+    def wait_for_children(self, deadline: float) -> None:
+        """Wait for the children's ends, which show as the ends of their control sockets."""
+        while self.children and time.monotonic() < deadline:
+            poller = select.poll()
+            for child in self.children.values():
+                poller.register(child.control.fileno(), select.POLLIN)
+            poller.poll(poll_milliseconds(deadline))
+            for pid, child in tuple(self.children.items()):
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    child.control.close()
+                    del self.children[pid]
+
+
+SIGNALS = {
+    signal.SIGTERM: Mother.on_end,
+    signal.SIGINT: Mother.on_end,
+    signal.SIGQUIT: Mother.on_end,
+    signal.SIGHUP: Mother.on_hup,
+    signal.SIGUSR1: Mother.on_usr1,
+}
+
+
+def ignore_signal(number: int, frame: object) -> None:
+    """Do nothing: the wake-up descriptor has already told the loop."""
+
+
+def describe_status(status: int) -> str:
+    """Return how a child ended, behind "exited unexpectedly"."""
+    if os.WIFSIGNALED(status):
+        return f" on signal {signal.Signals(os.WTERMSIG(status)).name}"
+    return f" with status {os.waitstatus_to_exitcode(status)}"
+
+
+def raise_descriptor_limit(log: Log) -> None:
+    """Raise the soft limit of open files to the hard one, as Dante does.
+
+    Nothing here ever walks over all possible descriptors, so a limit of a billion (containers) costs nothing.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        log.write("warning", f"could not raise the limit of {soft} open files: {error}")
+
+
+def daemonize() -> None:
+    """Go on in a child without a terminal, and let the caller's shell go on.
+
+    As Dante: one fork, no change of directory, umask 022, standard descriptors on /dev/null.
+    """
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    os.umask(0o022)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    os.close(null)
+
+
+# ============================== 17. Command line ==============================
+# danted's options and exit statuses.  The only section that prints, and that ends the program.
+
+COPYRIGHT = f"sockd v{__version__}.  Copyright (c) 2026 the sockd authors"
+USAGE = """\
+usage: {program} [-DLVhnv] [-N number] [-d number] [-f file] [-p file] [--chroot directory]
+   -D             : run in daemon mode
+   -L             : shows the license for this program
+   -N <number>    : run <number> worker processes [1]
+   -V             : verify configuration and exit
+   -d <number>    : set degree of debugging
+   -f <filename>  : use <filename> as configuration file [{config}]
+   -h             : print this information
+   -n             : disable TCP keep-alive
+   -p <filename>  : write pid to <filename> [{pidfile}]
+   -v             : print version info
+   --chroot <dir> : serve clients from within <dir>, which may be empty
+"""
+LICENSE_TEXT = """\
+BSD 2-Clause License
+
+Copyright (c) 2026, the sockd authors
+
+Redistribution and use in source and binary forms, with or without
+modification, are permitted provided that the following conditions are met:
+
+1. Redistributions of source code must retain the above copyright notice, this
+   list of conditions and the following disclaimer.
+
+2. Redistributions in binary form must reproduce the above copyright notice,
+   this list of conditions and the following disclaimer in the documentation
+   and/or other materials provided with the distribution.
+
+THIS SOFTWARE IS PROVIDED BY THE COPYRIGHT HOLDERS AND CONTRIBUTORS "AS IS"
+AND ANY EXPRESS OR IMPLIED WARRANTIES, INCLUDING, BUT NOT LIMITED TO, THE
+IMPLIED WARRANTIES OF MERCHANTABILITY AND FITNESS FOR A PARTICULAR PURPOSE ARE
+DISCLAIMED. IN NO EVENT SHALL THE COPYRIGHT HOLDER OR CONTRIBUTORS BE LIABLE
+FOR ANY DIRECT, INDIRECT, INCIDENTAL, SPECIAL, EXEMPLARY, OR CONSEQUENTIAL
+DAMAGES (INCLUDING, BUT NOT LIMITED TO, PROCUREMENT OF SUBSTITUTE GOODS OR
+SERVICES; LOSS OF USE, DATA, OR PROFITS; OR BUSINESS INTERRUPTION) HOWEVER
+CAUSED AND ON ANY THEORY OF LIABILITY, WHETHER IN CONTRACT, STRICT LIABILITY,
+OR TORT (INCLUDING NEGLIGENCE OR OTHERWISE) ARISING IN ANY WAY OUT OF THE USE
+OF THIS SOFTWARE, EVEN IF ADVISED OF THE POSSIBILITY OF SUCH DAMAGE.
+"""
+
+
+def parse_number_option(letter: str, text: str, low: int) -> int:
+    """Return the number given to an option; ConfigError if it is none."""
+    if not text.isdecimal() or int(text) < low:
+        least = {0: "zero", 1: "one"}[low]
+        raise ConfigError(f"illegal value for -{letter} option: {text}.  Must be a number and greater or equal to {least}")
+    return int(text)
+
+
+def parse_options(program: str, arguments: Sequence[str]) -> tuple[Options, frozenset[str]]:
+    """Return the options and which of -V and -v are among them; getopt.GetoptError, ConfigError.
+
+    -L and -h act at once and end the program, as in danted.
+    """
+    pairs, rest = getopt.getopt(list(arguments), "DLN:Vd:f:hnp:v", ["chroot="])
+    values: dict[str, object] = {"program": program}
+    modes = set()
+    for name, value in pairs:
+        if name in ("-L", "-h"):
+            text = f"{COPYRIGHT}\n\n{LICENSE_TEXT}" if name == "-L" else f"{COPYRIGHT}\n{describe_usage(program)}"
+            sys.stdout.write(text)
+            sys.exit(0)
+        if name in ("-V", "-v"):
+            modes.add(name)
+        values |= OPTION_VALUES[name](value)
+    if rest:
+        raise ConfigError(f"unknown argument {rest[0]}")
+    return Options(**values), frozenset(modes)  # type: ignore[arg-type]
+
+
+OPTION_VALUES: dict[str, Callable[[str], dict[str, object]]] = {
+    "-D": lambda _: {"daemon": True},
+    "-N": lambda text: {"servers": parse_number_option("N", text, 1)},
+    "-V": lambda _: {},
+    "-d": lambda text: {"debug": parse_number_option("d", text, 0)},
+    "-f": lambda text: {"config_file": text},
+    "-n": lambda _: {"keepalive": False},
+    "-p": lambda text: {"pidfile": text},
+    "-v": lambda _: {},
+    "--chroot": lambda text: {"chroot": text},
+}
+
+
+def describe_usage(program: str) -> str:
+    return USAGE.format(program=program, config=DEFAULT_CONFIG, pidfile=DEFAULT_PIDFILE)
+
+
+def print_complaints(complaints: Iterable[Complaint]) -> None:
+    """Show on stderr what is wrong with the configuration."""
+    for complaint in complaints:
+        print(describe_complaint(complaint), file=sys.stderr)
+
+
+def fail(program: str, text: str) -> int:
+    """Say on stderr why there is no start; return the exit status."""
+    print(f"{program}: error: {text}", file=sys.stderr)
+    return 1
+
+
+def serve(options: Options, config: Config) -> int:
+    """Run the server until it is told to end; return the exit status."""
+    mother = Mother(options, config)
+    try:
+        mother.start()
+    except (ConfigError, OSError) as error:
+        text = str(error)
+        mother.log.write("error", text)
+        mother.log.write("alert", "mother[1/1]: shutting down")
+        return 1 if "stderr" in config.logoutput else fail(options.program, text)
+    return mother.run()
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    program = os.path.basename(sys.argv[0]).removesuffix(".py") or "sockd"
+    try:
+        options, modes = parse_options(program, sys.argv[1:])
+    except getopt.GetoptError as error:
+        sys.stderr.write(f"{program}: {error}\n{COPYRIGHT}\n{describe_usage(program)}")
+        return 1
+    except ConfigError as error:
+        return fail(program, str(error))
+    if "-v" in modes:
+        print(COPYRIGHT)
+        return 0
+    config, complaints = read_config(options)
+    print_complaints(complaints)
+    if config is None:
+        return 1
+    return 0 if "-V" in modes else serve(options, config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
