@@ -17,7 +17,7 @@ import functools
 import gc
 import getopt
 import grp
-import hmac
+import importlib
 import pwd
 import os
 import re
@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, Sequence, TypeVar
 
 __version__ = "1.0.0"
@@ -484,6 +485,12 @@ KEYWORD_IN_LINE = re.compile(r"(?<![^ \t{}])([A-Za-z][A-Za-z0-9_.-]*)(?: +to| +f
 NUMBER = re.compile(r"0x[0-9A-Fa-f]+|0[0-7]*|[1-9][0-9]*")
 
 
+def skip(pattern: re.Pattern[str], text: str, offset: int) -> int:
+    """Find where the match of `pattern` at `offset` ends."""
+    found = pattern.match(text, offset)
+    return found.end() if found else offset
+
+
 class Token(NamedTuple):
     """A word and its offset in the text."""
 
@@ -514,7 +521,7 @@ class Scanner:
 
     def look(self, pattern: re.Pattern[str]) -> Token | None:
         """Find the next word of this line, without taking it."""
-        self.offset = BLANKS.match(self.text, self.offset).end()
+        self.offset = skip(BLANKS, self.text, self.offset)
         found = pattern.match(self.text, self.offset)
         return Token(found.group(), self.offset) if found else None
 
@@ -531,7 +538,7 @@ class Scanner:
         return self.take(pattern)
 
     def skip_space(self) -> None:
-        self.offset = SPACE.match(self.text, self.offset).end()
+        self.offset = skip(SPACE, self.text, self.offset)
 
     def next_token(self) -> Token:
         """Give whatever comes next, for complaints; the text is empty at the end of the line."""
@@ -768,7 +775,7 @@ class Parser:
 
 # What stands behind a keyword's colon is read by a function of this form; the token is the
 # keyword as it stands in the file.
-Reader = Callable[[Parser, Token], object]
+Reader = Callable[[Parser, Token], Any]
 
 
 # ---- words and numbers
@@ -955,9 +962,9 @@ def check_order(low: int, high: int, last: Token) -> None:
 
 def read_rest(parser: Parser, keyword: Token) -> str:
     """Read the rest of the line as it stands, "#" and all."""
-    found = REST_OF_LINE.match(parser.scanner.text, parser.scanner.offset)
-    parser.scanner.offset = found.end()
-    return found.group()
+    start = parser.scanner.offset
+    parser.scanner.offset = skip(REST_OF_LINE, parser.scanner.text, start)
+    return parser.scanner.text[start : parser.scanner.offset]
 
 
 # ---- names of users, files and services
@@ -1444,7 +1451,7 @@ def complain_of_method(
     hint = f"it must be {describe_words(known)}"
     if parser.draft.context == "client":
         # As Dante: in a client-rule the old "method" means clientmethod.
-        hint += f'; for what is asked of a IN_SOCKS client write "socksmethod: {word.text}"'
+        hint += f'; for what is asked of a SOCKS client write "socksmethod: {word.text}"'
     parser.error(f'method "{word.text}" cannot be used for "{keyword.text}"', word, hint)
     return None
 
@@ -1635,11 +1642,16 @@ class Option(NamedTuple):
     symbols: dict[str, int] | None = None
 
 
-def build_option(level_name: str, name: str, linux: int, **more: Any) -> Option:
+def build_option(level_name: str, name: str, linux: int, early: bool = True) -> Option:
     # The module's constants are this machine's; where it lacks one, Linux's header is right.
     levels = ("socket", "tcp", "udp") if level_name == "socket" else (level_name,)
-    constant = name.partition(".")[0].upper()
-    return Option(LEVELS[level_name], getattr(socket, constant, linux), levels, **more)
+    return Option(LEVELS[level_name], getattr(socket, name.upper(), linux), levels, early)
+
+
+def build_field(shift: int, mask: int, symbols: dict[str, int]) -> Option:
+    """Describe a field of the type-of-service byte."""
+    whole = build_option("ip", "ip_tos", 1, early=False)
+    return whole._replace(shift=shift, mask=mask, symbols=symbols)
 
 
 # RFC 2474, RFC 2597, RFC 3246
@@ -1684,9 +1696,9 @@ OPTIONS = {
     "ip_freebind": build_option("ip", "ip_freebind", 15),
     "ip_minttl": build_option("ip", "ip_minttl", 21),
     "ip_tos": build_option("ip", "ip_tos", 1, early=False),
-    "ip_tos.dscp": build_option("ip", "ip_tos", 1, early=False, shift=2, mask=0xFC, symbols=DSCP),
-    "ip_tos.prec": build_option("ip", "ip_tos", 1, early=False, shift=5, mask=0xE0, symbols=PRECEDENCE),
-    "ip_tos.tos": build_option("ip", "ip_tos", 1, early=False, shift=1, mask=0x1E, symbols=TOS),
+    "ip_tos.dscp": build_field(2, 0xFC, DSCP),
+    "ip_tos.prec": build_field(5, 0xE0, PRECEDENCE),
+    "ip_tos.tos": build_field(1, 0x1E, TOS),
 }  # fmt: skip
 # Known, but the server's own business or of no use here; ignored with a warning, as Dante.
 IGNORED_OPTIONS = frozenset(
@@ -1815,7 +1827,8 @@ OBJECT_KEYWORDS = (
 
 GLOBAL_KEYWORDS = (
     Keyword("internal", IN_GLOBAL, "address to listen on", read_internal, ("internal",), "list"),
-    Keyword("external", IN_GLOBAL, "address to connect from", read_external, ("external",), "list"),
+    Keyword("external", IN_GLOBAL, "address to connect from",
+            read_external, ("external",), "list"),
     Keyword("internal.protocol", IN_GLOBAL, "address families to listen on",
             read_families, ("internal_protocols",), "set"),
     Keyword("external.protocol", IN_GLOBAL, "address families to connect from",
@@ -1829,8 +1842,10 @@ GLOBAL_KEYWORDS = (
     Keyword("user.libwrap", IN_GLOBAL, "user for libwrap", read_user, ("user_libwrap",)),
     Keyword("logoutput", IN_GLOBAL, "where the log goes: stdout, stderr, syslog[/FACILITY], FILE",
             read_log_outputs, ("logoutput",), "list"),
-    Keyword("errorlog", IN_GLOBAL, "where errors go besides", read_log_outputs, ("errorlog",), "list"),
-    Keyword("debug", IN_GLOBAL, "how much to log of the server's own doings", read_count, ("debug",)),
+    Keyword("errorlog", IN_GLOBAL, "where errors go besides",
+            read_log_outputs, ("errorlog",), "list"),
+    Keyword("debug", IN_GLOBAL, "how much to log of the server's own doings",
+            read_count, ("debug",)),
     Keyword("udp.connectdst", IN_GLOBAL, "take UDP replies only from the target",
             read_yes_or_no, ("udp_connectdst",)),
     Keyword("compatibility", IN_GLOBAL, "quirks for old clients",
@@ -1843,11 +1858,12 @@ GLOBAL_KEYWORDS = (
             one_of("udp", "tcp", "fake"), ("resolveprotocol",)),
     Keyword("route.maxfail", IN_GLOBAL, "failures before a route is avoided; 0: never",
             read_count, ("route_maxfail",)),
-    Keyword("route.badexpire", IN_GLOBAL, "seconds for which a failed route is avoided; 0: for ever",
+    Keyword("route.badexpire", IN_GLOBAL, "seconds to avoid a failed route; 0: for ever",
             read_seconds, ("route_badexpire",)),
     Keyword("libwrap.hosts_access", IN_GLOBAL, "ask hosts.allow and hosts.deny first",
             read_yes_or_no, ("libwrap_hosts_access",)),
-    Keyword("libwrap.allow", IN_GLOBAL, "file to use as hosts.allow", read_file, ("libwrap_allow",)),
+    Keyword("libwrap.allow", IN_GLOBAL, "file to use as hosts.allow",
+            read_file, ("libwrap_allow",)),
     Keyword("libwrap.deny", IN_GLOBAL, "file to use as hosts.deny", read_file, ("libwrap_deny",)),
     Keyword("child.maxrequests", IN_GLOBAL, "requests that a worker serves; 0: any number",
             read_count, ("child_maxrequests",)),
@@ -1866,9 +1882,9 @@ GLOBAL_KEYWORDS = (
 TIMEOUT_KEYWORDS = (
     Keyword("timeout.negotiate", IN_GLOBAL | IN_RULES, "seconds to negotiate in; 0: for ever",
             read_seconds, ("timeouts.negotiate",)),
-    Keyword("timeout.connect", IN_GLOBAL | IN_RULES, "seconds to connect in; 0: the system's limit",
+    Keyword("timeout.connect", IN_GLOBAL | IN_RULES, "seconds to connect in; 0: as the system",
             read_seconds, ("timeouts.connect",)),
-    Keyword("timeout.io", IN_GLOBAL | IN_RULES, "seconds without traffic, TCP and UDP; 0: for ever",
+    Keyword("timeout.io", IN_GLOBAL | IN_RULES, "seconds without traffic; 0: for ever",
             read_seconds, ("timeouts.io_tcp", "timeouts.io_udp")),
     Keyword("timeout.io.tcp", IN_GLOBAL | IN_RULES, "seconds without traffic on TCP; 0: for ever",
             read_seconds, ("timeouts.io_tcp",)),
@@ -1879,7 +1895,8 @@ TIMEOUT_KEYWORDS = (
 )  # fmt: skip
 
 RULE_KEYWORDS = (
-    Keyword("from", IN_RULES | IN_ROUTE | IN_MONITOR, "where it comes from", read_pattern, ("source",)),
+    Keyword("from", IN_RULES | IN_ROUTE | IN_MONITOR, "where it comes from",
+            read_pattern, ("source",)),
     Keyword("to", IN_RULES | IN_ROUTE | IN_MONITOR, "where it goes to", read_pattern, ("target",)),
     Keyword("via", IN_ROUTE, "the proxy, or direct", read_gateway, ("gateway",)),
     Keyword("command", IN_SOCKS | IN_MONITOR | IN_ROUTE, "commands to match",
@@ -1890,7 +1907,7 @@ RULE_KEYWORDS = (
             some_of(*PROXY_PROTOCOLS, http_v1_0="http"), ("proxyprotocols",), "set"),
     Keyword("clientmethod", IN_GLOBAL | IN_RULES, "how clients are told before they speak",
             read_client_methods, ("clientmethods",), "reset"),
-    Keyword("socksmethod", IN_GLOBAL | IN_RULES, "how IN_SOCKS clients authenticate",
+    Keyword("socksmethod", IN_GLOBAL | IN_RULES, "how SOCKS clients authenticate",
             read_methods, ("socksmethods",), "reset"),
     Keyword("method", IN_ROUTE, "how to authenticate to the proxy",
             read_route_methods, ("methods",), "list"),
@@ -1929,7 +1946,8 @@ RULE_KEYWORDS = (
             read_yes_or_no, ("session.inheritable",)),
     Keyword("gssapi.servicename", IN_RULES | IN_ROUTE, "service name for GSSAPI",
             read_service_name, ("gssapi.servicename",)),
-    Keyword("gssapi.keytab", IN_RULES | IN_ROUTE, "key table for GSSAPI", read_file, ("gssapi.keytab",)),
+    Keyword("gssapi.keytab", IN_RULES | IN_ROUTE, "key table for GSSAPI",
+            read_file, ("gssapi.keytab",)),
     Keyword("gssapi.enctype", IN_RULES | IN_ROUTE, "protection of GSSAPI messages",
             some_of("clear", "integrity", "confidentiality", "per-message"),
             ("gssapi.enctypes",), "list"),
@@ -1952,8 +1970,8 @@ LDAP_KEYWORDS = tuple(
 
 SIDES = ("internal", "external")
 SIDE_KEYWORDS = tuple(
-    Keyword(f"{side}.{level}.OPTION", IN_GLOBAL | IN_RULES | IN_ROUTE, f"socket option of level {level}",
-            read_option, ("socket_options",), "list")
+    Keyword(f"{side}.{level}.OPTION", IN_GLOBAL | IN_RULES | IN_ROUTE,
+            f"socket option of level {level}", read_option, ("socket_options",), "list")
     for side in SIDES
     for level in LEVELS
 ) + tuple(
@@ -2041,10 +2059,10 @@ def find_keyword(text: str) -> Keyword | None:
     parts = text.split(".", 3)
     if len(parts) == 4 and parts[1] == "log":
         parts[2] = "LEVEL"
-    elif parts[0] in SIDES:
+    elif len(parts) > 2 and parts[0] in SIDES:
         parts[2:] = ["OPTION"]
-    elif parts[0] == "cpu":
-        parts[2:] = ["PROCESS"]
+    elif len(parts) == 3 and parts[0] == "cpu":
+        parts[2] = "PROCESS"
     return KEYWORDS.get(".".join(parts))
 
 
@@ -2164,9 +2182,11 @@ def check_address_order(parser: Parser, name: str, word: Token) -> None:
         wanted = ""
     if wanted and name != wanted and wanted not in draft.places:
         parser.error(f'"{wanted}" must follow directly upon "{draft.last}"', word)
+        draft.broken.add(wanted)
     for first, second in FOLLOWS.items():
         if name == second and first not in draft.places:
             parser.error(f'"{first}" must stand before "{second}"', word)
+            draft.broken.add(first)
 
 
 # ---- rules, routes and monitors
@@ -2251,7 +2271,7 @@ def check_addresses(parser: Parser) -> None:
     """Complain of missing addresses, once."""
     draft = parser.draft
     wanted = ("from", "to", "via") if draft.context == "route" else ("from", "to")
-    missing = [f'"{name}"' for name in wanted if name not in draft.places]
+    missing = [f'"{name}"' for name in wanted if name not in {*draft.places, *draft.broken}]
     if missing:
         draft.broken.add("")
         text = f"this {describe_object(draft)} has no {describe_words(missing)}"
@@ -2262,7 +2282,7 @@ def check_addresses(parser: Parser) -> None:
 def recover(parser: Parser) -> None:
     """Skip what cannot be understood: to the next keyword, the end of the line or a brace."""
     scanner = parser.scanner
-    end = UNREAD_LINE.match(scanner.text, scanner.offset).end()
+    end = skip(UNREAD_LINE, scanner.text, scanner.offset)
     comment = scanner.text.find("#", scanner.offset, end)
     code_end = end if comment < 0 else comment
     for found in KEYWORD_IN_LINE.finditer(scanner.text, scanner.offset, code_end):
@@ -2273,7 +2293,7 @@ def recover(parser: Parser) -> None:
     if parser.draft is parser.settings:
         scanner.skip_space()
     if scanner.text.startswith("{", scanner.offset):
-        scanner.offset = UNREAD_BLOCK.match(scanner.text, scanner.offset).end()
+        scanner.offset = skip(UNREAD_BLOCK, scanner.text, scanner.offset)
 
 
 def parse_statement(parser: Parser) -> None:
@@ -2311,18 +2331,16 @@ DEFAULT_PROXYPROTOCOLS = ("socks_v4", "socks_v5")
 
 def fill_commands(values: dict[str, Any]) -> tuple[frozenset[str], frozenset[str]]:
     """Derive commands from protocols or the other way round, as Dante; both when silent."""
-    commands = values.get("commands")
-    protocols = values.get("protocols")
-    if commands is None and protocols is None:
-        return frozenset(COMMANDS), frozenset({"tcp", "udp"})
-    if commands is None:
-        tcp = TCP_COMMANDS if "tcp" in protocols else frozenset()
-        return tcp | (UDP_COMMANDS if "udp" in protocols else frozenset()), protocols
+    commands: frozenset[str] | None = values.get("commands")
+    protocols: frozenset[str] | None = values.get("protocols")
     if protocols is None:
         # As Dante: connect counts for both.
-        enabled = {"tcp"} if commands & TCP_COMMANDS else set()
-        enabled |= {"udp"} if commands & (UDP_COMMANDS | {"connect"}) else set()
-        return commands, frozenset(enabled)
+        uses = {"tcp": TCP_COMMANDS, "udp": UDP_COMMANDS | {"connect"}}
+        named = frozenset(COMMANDS) if commands is None else commands
+        protocols = frozenset(name for name, its_commands in uses.items() if named & its_commands)
+    if commands is None:
+        tcp = TCP_COMMANDS if "tcp" in protocols else frozenset[str]()
+        commands = tcp | (UDP_COMMANDS if "udp" in protocols else frozenset[str]())
     return commands, protocols
 
 
@@ -2727,7 +2745,7 @@ def check_global_methods(parser: Parser) -> None:
         return
     parser.complain_of_file(
         "warning",
-        f'{parser.scanner.file} sets no "socksmethod": every IN_SOCKS request will be refused',
+        f'{parser.scanner.file} sets no "socksmethod": every SOCKS request will be refused',
         'e.g. "socksmethod: none", or "socksmethod: username"',
     )
 
@@ -2820,7 +2838,8 @@ def describe_complaint(complaint: Complaint) -> str:
     where = f"{complaint.position}: " if complaint.position else ""
     lines = [f"{where}{complaint.level}: {complaint.text}"]
     if complaint.position and complaint.line_text:
-        lines += describe_line(complaint.line_text, complaint.position.column - 1, complaint.length)
+        start = complaint.position.column - 1
+        lines += describe_line(complaint.line_text, start, complaint.length)
     if complaint.hint:
         lines.append(f"    hint: {complaint.hint}")
     return "\n".join(lines)
@@ -3637,10 +3656,16 @@ class Log:
     def __init__(self, program: str, debug: int = 0) -> None:
         self.program = program
         self.debug_level = debug
+        self.source = ""
+        self.take_over()
         self.targets: tuple[LogTarget, ...] = ()
         self.error_targets: tuple[LogTarget, ...] = ()
         self._second = -1
         self._stamp = ""
+
+    def take_over(self) -> None:
+        """Sign the records with the pid of this process: to be called in each child."""
+        self.source = f"{self.program}[{os.getpid()}]"
 
     def open(self, logoutput: Iterable[str], errorlog: Iterable[str]) -> None:
         """Open the targets afresh; those that cannot be opened are reported to the others.
@@ -3706,12 +3731,12 @@ class Log:
     def write(self, level: str, text: str) -> None:
         """Write one record at a level of LEVEL_WORDS."""
         severity = LEVEL_WORDS[level]
-        stamp, source = self._now(), f"{self.program}[{os.getpid()}]"
+        stamp = self._now()
         for target in self.targets:
-            target.write(stamp, source, severity, f"{level}: {text}")
+            target.write(stamp, self.source, severity, f"{level}: {text}")
         if severity <= LEVEL_WORDS["warning"]:
             for target in self.error_targets:
-                target.write(stamp, source, severity, f"{level}: {text}")
+                target.write(stamp, self.source, severity, f"{level}: {text}")
 
     def debug(self, text: str) -> None:
         if self.debug_level:
@@ -3794,6 +3819,16 @@ def prctl(option: int, value: int) -> None:
     """prctl(2) with one argument."""
     if load_library("").prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
         raise system_error("prctl")
+
+
+def release_memory() -> None:
+    """Give the memory that is free inside this process back to the system (malloc_trim(3), glibc only).
+
+    Compiling this file and parsing the configuration leave several megabytes, which every child would inherit.
+    """
+    trim = getattr(load_library(""), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def decode_sockaddr(address: int) -> Endpoint | None:
@@ -4064,10 +4099,9 @@ def spawn(body: Callable[[socket.socket], int], keep: Iterable[int] = ()) -> tup
     try:
         ours.close()
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # A terminal's or service manager's signal to the whole group is for the mother to act on.
-        for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         for descriptor in keep:
             os.close(descriptor)
@@ -4225,6 +4259,7 @@ def fork_verifier(body: Callable[[], None]) -> int:
         return pid
     status = 1
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.alarm(VERIFY_SECONDS)
         body()
@@ -4393,11 +4428,31 @@ def check_bindable(endpoint: Endpoint) -> None:
         probe.bind(socket_address(endpoint))
 
 
-def bind_external(outgoing: socket.socket, external: Endpoint, client: Endpoint) -> None:
-    """Bind a socket to an outgoing address, on the client's own port if that can be had.
+def open_external(
+    external: Endpoint, client: Endpoint, kind: socket.SocketKind, bind_privileged: Callable[[Endpoint, str], socket.socket | None]
+) -> socket.socket:
+    """Return a non-blocking socket bound to an outgoing address, on the client's own port if that can be had.
 
-    As Dante: a client's unprivileged source port is kept where it is free.
+    As Dante: a client's source port is kept where it is free, a privileged one only with
+    compatibility: sameport, which is what `bind_privileged` asks for.
     """
+    if 0 < client.port < 1024:
+        bound = bind_privileged(external._replace(port=client.port), "tcp" if kind == socket.SOCK_STREAM else "udp")
+        if bound is not None:
+            bound.setblocking(False)
+            return bound
+    outgoing = socket.socket(FAMILY_OF[external.family], kind)
+    try:
+        outgoing.setblocking(False)
+        bind_external(outgoing, external, client)
+        return outgoing
+    except BaseException:
+        outgoing.close()
+        raise
+
+
+def bind_external(outgoing: socket.socket, external: Endpoint, client: Endpoint) -> None:
+    """Bind a socket to an outgoing address, on the client's unprivileged port if that can be had."""
     if client.port >= 1024 and client.host != external.host:
         try:
             outgoing.bind(socket_address(external._replace(port=client.port)))
@@ -4408,6 +4463,23 @@ def bind_external(outgoing: socket.socket, external: Endpoint, client: Endpoint)
         # The port is then chosen at connect(2), by the whole four-tuple: many more fit.
         outgoing.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
     outgoing.bind(socket_address(external._replace(port=0)))
+
+
+def bind_first(external: Endpoint, ports: Sequence[int]) -> socket.socket:
+    """Return a stream socket on the first of the ports that can be had; OSError from the last."""
+    listener = socket.socket(FAMILY_OF[external.family], socket.SOCK_STREAM)
+    try:
+        for port in ports[:-1]:
+            try:
+                listener.bind(socket_address(external._replace(port=port)))
+                return listener
+            except OSError:
+                continue  # taken
+        listener.bind(socket_address(external._replace(port=ports[-1])))
+        return listener
+    except OSError:
+        listener.close()
+        raise
 
 
 def route_source(target: Endpoint) -> Endpoint:
@@ -4467,12 +4539,10 @@ class Attempt(NamedTuple):
     target: Endpoint
 
 
-def start_attempt(target: Endpoint, prepare: Callable[[socket.socket, Endpoint], None]) -> Attempt:
-    """Begin to connect; `prepare(socket, target)` binds it and sets its options.  ConnectFailed at once, or Refused."""
-    connection = socket.socket(FAMILY_OF[target.family], socket.SOCK_STREAM)
+def start_attempt(target: Endpoint, open_for: Callable[[Endpoint], socket.socket]) -> Attempt:
+    """Begin to connect; `open_for(target)` gives the bound socket.  ConnectFailed at once, or Refused."""
+    connection = open_for(target)
     try:
-        connection.setblocking(False)
-        prepare(connection, target)
         try:
             connection.connect(socket_address(target))
         except BlockingIOError:
@@ -4502,10 +4572,10 @@ class Race:
     """
 
     def __init__(
-        self, targets: Sequence[Endpoint], prepare: Callable[[socket.socket, Endpoint], None], client: int, deadline: float
+        self, targets: Sequence[Endpoint], open_for: Callable[[Endpoint], socket.socket], client: int, deadline: float
     ) -> None:
         self.waiting = list(targets)
-        self.prepare = prepare
+        self.open_for = open_for
         self.client = client  # descriptor: a reset by the client ends the race
         self.deadline = deadline
         self.attempts: dict[int, Attempt] = {}
@@ -4534,7 +4604,7 @@ class Race:
     def _start_next(self) -> None:
         target = self.waiting.pop(0)
         try:
-            attempt = start_attempt(target, self.prepare)
+            attempt = start_attempt(target, self.open_for)
         except (ConnectFailed, Refused) as failure:
             self.failure = failure
             return
@@ -4571,6 +4641,7 @@ class Race:
 SHADOW_FILE = "/etc/shadow"
 PASSWD_FILE = "/etc/passwd"
 SECONDS_PER_DAY = 86400
+PAM_RHOST, PAM_RUSER = 4, 8  # security/_pam_types.h
 IDENT_PORT = 113  # RFC 1413
 IDENT_SECONDS = 10.0  # As Dante.
 IDENT_BYTES = 1000  # RFC 1413 section 4: a reply has at most 1000 characters
@@ -4611,6 +4682,8 @@ def check_password(account: AccountLine | None, setting: bytes, password: bytes,
 
     Unlike Dante: an account that shadow(5) says has expired is closed.
     """
+    import hmac  # here: it loads all of OpenSSL, which only the warden's children need
+
     usable = account is not None and len(account.hash) > 1 and account.hash[:1] not in b"!*"
     wanted = account.hash if account is not None and usable else setting
     try:
@@ -4651,6 +4724,55 @@ def verify_username(passwordfile: str, user: bytes, password: bytes) -> str:
     if account is None:
         return f'could not access user "{name}"\'s records in the system password file: no system error'
     return f'system password authentication failed for user "{name}"'
+
+
+PAM_LIBRARIES = {"pam": "libpam.so.0", "pam_misc": "libpam_misc.so.0"}
+PAM_USER_BY_ADDRESS = "rhostusr"  # As Dante: PAM_RUSER always, and PAM_USER where there is no name
+
+
+def load_pam() -> ModuleType:
+    """Return python-pam's inner module, set to use the system's libpam; ImportError or OSError without them."""
+    module = importlib.import_module("pam.__internals")
+    # Its own search asks compilers and ldconfig, which small systems do not have.
+    vars(module)["find_library"] = find_pam_library
+    load_library(PAM_LIBRARIES["pam"])
+    return module
+
+
+def find_pam_library(name: str) -> str | None:
+    """Return the file of a PAM library, or None where it is missing."""
+    try:
+        load_library(PAM_LIBRARIES[name])
+    except OSError:
+        return None
+    return PAM_LIBRARIES[name]
+
+
+def verify_pam(service: str, user: bytes, password: bytes, client: str) -> str:
+    """Return "" if PAM lets a user in, authentication and account both, else Dante's words for why not.
+
+    PAM_RHOST and PAM_RUSER are set as Dante sets them, which python-pam has no call for.
+    """
+    authenticator = load_pam().PamAuthenticator()
+    start, check_account, failed_call = authenticator.pam_authenticate, authenticator.pam_acct_mgmt, ["authenticate"]
+
+    def authenticate(handle: object, flags: int) -> int:
+        for item, value in ((PAM_RHOST, client), (PAM_RUSER, PAM_USER_BY_ADDRESS)):
+            authenticator.pam_set_item(handle, item, ctypes.c_char_p(value.encode()))
+        return int(start(handle, flags))
+
+    def manage_account(handle: object, flags: int) -> int:
+        failed_call[0] = "account"
+        return int(check_account(handle, flags))
+
+    authenticator.pam_authenticate, authenticator.pam_acct_mgmt = authenticate, manage_account
+    name = user or PAM_USER_BY_ADDRESS.encode()
+    if authenticator.authenticate(name, password, service, encoding="latin-1", resetcreds=False):
+        return ""
+    if failed_call[0] == "account":
+        return f"pam_acct_mgmt(): {authenticator.reason}"
+    shown = escape_bytes(user) or "<no user specified>"
+    return f'pam_authenticate() for user "{shown}" failed: {authenticator.reason}'
 
 
 def parse_ident(line: bytes, ports: tuple[int, int]) -> str | None:
@@ -4699,6 +4821,7 @@ FIRST_READ_BYTES = 4096
 MOST_READ_BYTES = 65536  # As Dante: one I/O record in the log is at most this
 DATAGRAM_BYTES = 65535
 MOST_VERDICTS = 256  # per association: datagram verdicts remembered
+UDP_BATCH = 32  # datagrams read from one socket before the others have their turn
 UDP_ORPHAN_SECONDS = 5.0  # an association outlives its client's FIN as long as it sends this often
 
 CLIENT_CLOSED, TARGET_CLOSED = "local client closed", "remote peer closed"
@@ -5006,12 +5129,22 @@ class UdpRelay:
             path.connection.close()
 
     def _serve(self, descriptor: int) -> str:
-        if descriptor == self.relay.fileno():
-            self._from_client()
-        elif descriptor == self.control.fileno():
+        """Act on a readable socket; return a reason if that ends the association."""
+        if descriptor == self.control.fileno():
             return self._from_control()
-        else:
-            self._from_target(self.path_of[descriptor])
+        path = self.path_of.get(descriptor)
+        connection = path.connection if path else self.relay
+        for _ in range(UDP_BATCH):
+            try:
+                data, address = connection.recvfrom(DATAGRAM_BYTES)
+            except BlockingIOError:
+                break
+            except OSError:
+                continue  # an ICMP error for an earlier datagram: as Dante, the association goes on
+            if path is None:
+                self._from_client(data, endpoint_of(address, connection.family))
+            else:
+                self._from_target(path, data, endpoint_of(address, connection.family))
         return ""
 
     def _from_control(self) -> str:
@@ -5036,12 +5169,8 @@ class UdpRelay:
         path = self.paths.get(target.family) if target is not None else None
         return Packet("udpassociate", self.client, self.local, path.local if path else None, target)
 
-    def _from_client(self) -> None:
-        try:
-            data, address = self.relay.recvfrom(DATAGRAM_BYTES)
-        except OSError:
-            return  # an ICMP error for an earlier reply: the association goes on
-        sender = endpoint_of(address, self.relay.family)
+    def _from_client(self, data: bytes, sender: Endpoint) -> None:
+        """Relay, drop or refuse a datagram that came in on the client's side."""
         if not self._accept_sender(sender):
             return
         self.active = time.monotonic()
@@ -5109,12 +5238,8 @@ class UdpRelay:
             path.targets.add(target)
         return path
 
-    def _from_target(self, path: UdpPath) -> None:
-        try:
-            data, address = path.connection.recvfrom(DATAGRAM_BYTES)
-        except OSError:
-            return  # an ICMP error: as Dante, the association goes on
-        sender = endpoint_of(address, path.connection.family)
+    def _from_target(self, path: UdpPath, data: bytes, sender: Endpoint) -> None:
+        """Relay or drop a datagram that came in from outside."""
         if self.connect_targets and len(path.targets) == 1 and sender not in path.targets:
             return  # udp.connectdst: as if the socket were connected to its only target
         decision = self.verdicts.get(("in", sender))
@@ -5226,6 +5351,7 @@ class SessionLog:
         self.accept_side = f"{client} {local}"
         self.side = self.accept_side  # with method%user@ once a socks-rule took the client by one
         self.started = time.monotonic()
+        self.ended = False  # the record of how it ended has been dealt with
 
     def seconds(self) -> int:
         """Return the session's age as Dante counts it: the difference of the whole seconds."""
@@ -5249,6 +5375,7 @@ class SessionLog:
 
     def blocked_at_accept(self, reason: str = "") -> None:
         """Record a block by the client-rule itself."""
+        self.ended = True
         wanted = LOGS_AN_ERROR if reason else LOGS_A_BLOCK
         if not wanted.isdisjoint(self.client_rule.log):
             rest = f"{self.accept_side}: {reason}" if reason else self.accept_side
@@ -5260,6 +5387,7 @@ class SessionLog:
 
     def refused_above(self, reason: str) -> None:
         """Record at accept level what became of a request at the socks level."""
+        self.ended = True
         if self.client_rule.log:
             self.write("block", self.client_rule, "tcp/accept", "]", f"{self.accept_side}: {reason}")
 
@@ -5285,6 +5413,7 @@ class SessionLog:
 
     def closed(self, sent: int, received: int, reason: str) -> None:
         """Record the end of an established session at accept level; the counts are the client's."""
+        self.ended = True
         end = self.closing(self.client_rule, reason)
         if end:
             rest = f"{sent} -> {self.accept_side} -> {received}{end}"
@@ -5322,12 +5451,18 @@ class Session:
             if self.admit() and self.negotiate():
                 self.phase = "request"
                 self.perform()
-        except (OSError, DeadlinePassed):
-            pass  # the client is gone while it was told something: it shows in no record of Dante's
+        except (OSError, DeadlinePassed) as error:
+            self.lose_client(error)
         finally:
             for opened in self.opened:
                 opened.close()
             self.connection.close()
+
+    def lose_client(self, error: Exception) -> None:
+        """Record that the client went away while it was being answered."""
+        if not self.record.ended:
+            fault = error.strerror if isinstance(error, OSError) else str(error)
+            self.record.closed(0, 0, ENDED_BY_US if self.stopping else f"local client error ({fault})")
 
     def abort(self) -> None:
         """Make `run` end soon.  Called by the worker's main thread."""
@@ -5517,18 +5652,31 @@ class Session:
         deadline = deadline_after(self.config.timeouts.negotiate)
         self.stream.send(encode_reply_for(self.request.version, reply, bound), deadline)
 
-    def prepare_external(self, rule: Rule) -> Callable[[socket.socket, Endpoint], None]:
-        """Return what makes a new outgoing socket ready to connect to a target under a rule."""
+    def open_external(
+        self, rule: Rule, target: Endpoint, kind: socket.SocketKind, client: Endpoint | None = None
+    ) -> socket.socket:
+        """Return a socket that is bound and ready to talk to a target under a rule; Refused, OSError.
 
-        def prepare(connection: socket.socket, target: Endpoint) -> None:
-            source = choose_external(self.config, target.family, self.local, target, self.lookup)
-            self.set_options(connection, rule, "external")
-            if connection.type == socket.SOCK_STREAM:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(self.serving.keepalive))
-            bind_external(connection, source, self.client)
+        `client` is whose source port is kept, if not that of the control connection.
+        """
+        source = choose_external(self.config, target.family, self.local, target, self.lookup)
+        connection = open_external(source, client or self.client, kind, self.bind_privileged)
+        if kind == socket.SOCK_STREAM:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(self.serving.keepalive))
+        self.set_options(connection, rule, "external")
+        return connection
 
-        return prepare
+    def bind_privileged(self, source: Endpoint, kind: str) -> socket.socket | None:
+        """Return a socket on a privileged port, or None where that is not configured or not to be had."""
+        if "sameport" not in self.config.compatibility:
+            return None
+        fields = [kind.encode(), *encode_endpoints([source]), str(source.port).encode()]
+        try:
+            _, descriptors = self.serving.warden.ask(Favour.BIND, fields, PASSWORD_SECONDS)
+        except SockdError:
+            return None
+        return socket.socket(fileno=descriptors[0]) if descriptors else None
 
     def set_options(self, connection: socket.socket, rule: Rule, side: str) -> None:
         """Set a rule's socket options; one that cannot be set is a warning."""
@@ -5649,9 +5797,8 @@ class ConnectRequest:
         """Return the connection to the target, or None after having answered why there is none."""
         session, rule = self.session, decision.rule
         deadline = deadline_after(rule.timeouts.connect)
-        race = Race(decision.addresses, session.prepare_external(rule), session.connection.fileno(), deadline)
         try:
-            return race.run()
+            return Race(decision.addresses, self.open_for(rule), session.connection.fileno(), deadline).run()
         except ConnectFailed as failure:
             if failure.at_once:
                 path = f" -> {failure.source} {failure.target}"
@@ -5671,6 +5818,10 @@ class ConnectRequest:
             # No descriptor, no memory, an address of ours that has gone: not the target's fault.
             self.fail(rule, "", f"could not connect: {error.strerror}", Reply.FAILURE, self.target)
         return None
+
+    def open_for(self, rule: Rule) -> Callable[[Endpoint], socket.socket]:
+        """Return what opens the sockets of the race."""
+        return lambda target: self.session.open_external(rule, target, socket.SOCK_STREAM)
 
     def end_unconnected(self, rule: Rule, source: Endpoint, target: Endpoint, reason: str) -> None:
         """Record a connect that failed after it was under way.  As Dante: like the end of a session."""
@@ -5755,6 +5906,7 @@ class BindRequest:
             session.reply(Reply.NOT_ALLOWED, self.target)
             return
         session.set_options(listener, decision.rule, "external")
+        listener.setblocking(False)
         listener.listen(1)
         path = f"{session.record.side} -> {bound} {describe_endpoint(self.target)}"
         if "connect" in decision.rule.log:
@@ -5791,21 +5943,13 @@ class BindRequest:
     def bind(self, external: Endpoint) -> socket.socket:
         """Return a socket bound to an external address, on the wanted port where Dante would take it."""
         wanted = self.target.port if self.target.host in IP_ANY else 0
-        privileged = wanted < 1024 and "sameport" not in self.session.config.compatibility
-        listener = socket.socket(FAMILY_OF[external.family], socket.SOCK_STREAM)
-        listener.setblocking(False)
+        bound = None
+        if 0 < wanted < 1024:
+            bound = self.session.bind_privileged(external._replace(port=wanted), "tcp")
         try:
-            for port in (0,) if privileged or not wanted else (wanted, 0):
-                try:
-                    listener.bind(socket_address(external._replace(port=port)))
-                    return listener
-                except OSError as error:
-                    fault = error
-        except BaseException:
-            listener.close()
-            raise
-        listener.close()
-        raise Refused(f"could not bind {external}: {fault.strerror}", reply_for(fault))
+            return bound or bind_first(external, (wanted, 0) if wanted >= 1024 else (0,))
+        except OSError as error:
+            raise Refused(f"could not bind {external}: {error.strerror}", reply_for(error)) from None
 
     def serve_peer(self, rule: Rule, listener: socket.socket, bound: Endpoint) -> str:
         """Wait for the peer and relay; return why there was none, or "" after a relay."""
@@ -6022,17 +6166,7 @@ class UdpRequest:
         return self.session.decide(self.session.facts("udpreply", client)._replace(source=sender))
 
     def open_external(self, target: Endpoint, client: Endpoint) -> socket.socket:
-        session = self.session
-        source = choose_external(session.config, target.family, session.local, target, session.lookup)
-        connection = socket.socket(FAMILY_OF[target.family], socket.SOCK_DGRAM)
-        try:
-            connection.setblocking(False)
-            session.set_options(connection, self.rule, "external")
-            bind_external(connection, source, client)
-        except OSError:
-            connection.close()
-            raise
-        return connection
+        return self.session.open_external(self.rule, target, socket.SOCK_DGRAM, client)
 
     def log_datagram(self, decision: Decision, packet: Packet, data: bytes) -> None:
         rule = decision.rule
@@ -6297,9 +6431,19 @@ def receive_order(control: socket.socket) -> tuple[int, list[bytes], list[int]] 
     return kind, fields, descriptors
 
 
-def run_helper(
-    serving: Serving, inbox: socket.socket, control: socket.socket, granted: frozenset[Favour], grant: Callable[[Question], None]
-) -> int:
+class Helper(Protocol):
+    """What run_helper drives: Resolver and Warden."""
+
+    granted: frozenset[Favour]
+
+    def grant(self, question: Question) -> None: ...
+
+    def drain(self) -> None:
+        """Wait until the questions under way are answered."""
+        ...
+
+
+def run_helper(serving: Serving, inbox: socket.socket, control: socket.socket, helper: Helper) -> int:
     """Answer questions until the mother says stop: the life of resolver and warden."""
     poller = select.poll()
     poller.register(inbox.fileno(), select.POLLIN)
@@ -6308,13 +6452,16 @@ def run_helper(
         for descriptor, _ in poller.poll():
             if descriptor == control.fileno():
                 message = receive_order(control)
-                if message is None or message[0] in (Order.STOP, Order.DRAIN):
+                if message is None or message[0] == Order.STOP:
+                    return 0
+                if message[0] == Order.DRAIN:
+                    helper.drain()
                     return 0
                 if message[0] == Order.LOGS:
                     serving.log.adopt(message[1], message[2])
                 continue
             try:
-                grant(receive_question(inbox, granted))
+                helper.grant(receive_question(inbox, helper.granted))
             except BlockingIOError:
                 continue  # another helper was quicker
             except MalformedMessage as error:
@@ -6324,7 +6471,7 @@ def run_helper(
 class Resolver:
     """Asks the system for names: getaddrinfo blocks and has no time-out, so a few threads take turns."""
 
-    GRANTED = frozenset({Favour.RESOLVE, Favour.REVERSE, Favour.INTERFACE, Favour.GROUPS})
+    granted = frozenset({Favour.RESOLVE, Favour.REVERSE, Favour.INTERFACE, Favour.GROUPS})
 
     def __init__(self) -> None:
         self.free = threading.Semaphore(RESOLVER_THREADS)
@@ -6337,6 +6484,10 @@ class Resolver:
         except RuntimeError:
             self.free.release()
             question.reply([b"no thread is left to ask the resolver"])
+
+    def drain(self) -> None:
+        for _ in range(RESOLVER_THREADS):
+            self.free.acquire(timeout=RESOLVE_SECONDS)
 
     def answer(self, question: Question) -> None:
         try:
@@ -6389,7 +6540,7 @@ class Warden:
     the password, ends with the child.
     """
 
-    GRANTED = frozenset({Favour.PASSWORD, Favour.BIND})
+    granted = frozenset({Favour.PASSWORD, Favour.BIND})
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -6404,6 +6555,10 @@ class Warden:
         self.children.add(pid)
         question.answer.close()
 
+    def drain(self) -> None:
+        while self.children:
+            self.reap(must_wait=True)
+
     def reap(self, must_wait: bool) -> None:
         """Forget the checks that have ended; wait for one if there is no room for another."""
         while self.children:
@@ -6415,22 +6570,39 @@ class Warden:
 
     def verify(self, fields: list[bytes]) -> str:
         """Return "" if the credentials are right, else why not."""
-        method, _, user, password = fields[:4]
+        method, service, user, password, client = fields[:5]
         if method == b"username":
             return verify_username(self.config.passwordfile, user, password)
-        return f"method {escape_bytes(method)} cannot be verified on this system"
+        if method not in (b"pam.username", b"pam.address", b"pam.any"):
+            return f"method {escape_bytes(method)} cannot be verified on this system"
+        if method == b"pam.address":
+            user = password = b""
+        try:
+            return verify_pam(service.decode("latin-1"), user, password, client.decode("latin-1"))
+        except (ImportError, OSError, ValueError) as error:
+            return f"PAM cannot be asked: {error}"
 
     def bind(self, question: Question) -> None:
-        """Bind a socket to one of our own addresses on a privileged port (compatibility: sameport)."""
-        kind, address, port = question.fields
-        (endpoint,) = decode_endpoints([address])
+        """Answer with a socket on an external address and a privileged port (compatibility: sameport)."""
         kinds = {b"tcp": socket.SOCK_STREAM, b"udp": socket.SOCK_DGRAM}
         try:
+            kind, address, port = question.fields
+            (endpoint,) = decode_endpoints([address])
+            self.check_may_bind(endpoint)
             with socket.socket(FAMILY_OF[endpoint.family], kinds[kind]) as bound:
                 bound.bind(socket_address(endpoint._replace(port=int(port))))
                 question.reply([b""], [bound.fileno()])
-        except (OSError, KeyError, ValueError) as error:
-            question.reply([str(error).encode()])
+        except (SockdError, OSError, KeyError, ValueError, OverflowError) as error:
+            question.reply([str(error).encode("utf-8", "replace")[:255]])
+
+    def check_may_bind(self, endpoint: Endpoint) -> None:
+        """Refused unless the configuration lets sessions leave by this address on privileged ports."""
+        hosts = {external.endpoint.host for external in self.config.external if external.endpoint is not None}
+        for external in self.config.external:
+            if external.endpoint is None:
+                hosts.update(e.host for e in interface_addresses().get(external.text, ()))
+        if "sameport" not in self.config.compatibility or endpoint.host not in hosts:
+            raise Refused("not an external address, or compatibility: sameport is not set")
 
 
 # ============================== 16. Mother ==============================
@@ -6470,7 +6642,7 @@ def read_config(options: Options) -> tuple[Config | None, tuple[Complaint, ...]]
     config, complaints = parse_config(text, path, SystemSurroundings())
     if config is None:
         return None, complaints
-    more = (*find_unsupported(config), *find_unusable_externals(config))
+    more = (*find_unsupported(config), *find_unusable_externals(config), *find_missing_libraries(config))
     return (None if more else config), (*complaints, *more)
 
 
@@ -6485,6 +6657,24 @@ def find_unusable_externals(config: Config) -> tuple[Complaint, ...]:
             text = f'cannot use external address "{external.text}": {error.strerror}'
             complaints.append(Complaint("error", text, external.position, hint="it must be an address of this machine"))
     return tuple(complaints)
+
+
+def find_missing_libraries(config: Config) -> tuple[Complaint, ...]:
+    """Complain of each method that needs what this system does not have."""
+    methods = {method for rule in (*config.client_rules, *config.socks_rules) for method in rule_methods(rule)}
+    if not any(method.startswith("pam.") for method in methods):
+        return ()
+    try:
+        load_pam()
+    except (ImportError, OSError) as error:
+        text = f"the pam methods need the system's libpam and the Python package python-pam: {error}"
+        return (Complaint("error", text),)
+    return ()
+
+
+def rule_methods(rule: Rule) -> tuple[str, ...]:
+    """Return every method that a rule may use."""
+    return (*rule.clientmethods, *rule.socksmethods)
 
 
 class Pidfile:
@@ -6561,6 +6751,7 @@ class Mother:
         preload()
         if self.options.daemon:
             daemonize()
+            self.log.take_over()
         self.write_pid()
         self.catch_signals()
         self.announce_listeners(self.listeners)
@@ -6644,6 +6835,7 @@ class Mother:
 
     def spawn_children(self) -> None:
         gc.collect()
+        release_memory()
         gc.freeze()  # the collector then leaves the pages that all processes share alone
         for kind in ("resolver", "warden"):
             self.spawn_child(kind, 0)
@@ -6658,8 +6850,17 @@ class Mother:
             inherited.append(self.pidfile.descriptor)
         body = {"worker": self.be_worker, "resolver": self.be_resolver, "warden": self.be_warden}[kind]
         self.last_spawn = time.monotonic()
-        pid, control = spawn(lambda control: body(control, number), inherited)
+        pid, control = spawn(lambda control: self.be_child(body, control, number), inherited)
         self.children[pid] = Child(kind, control, number, self.generation)
+
+    def be_child(self, body: Callable[[socket.socket, int], int], control: socket.socket, number: int) -> int:
+        """Run the body of a child; what it cannot recover from is logged and ends it."""
+        self.log.take_over()
+        try:
+            return body(control, number)
+        except Exception as error:
+            self.log.write("error", f"internal error: {describe_bug(error)}: {error}")
+            return 1
 
     def serving(self) -> Serving:
         resolver, warden = Channel(self.resolver_inbox[1]), Channel(self.warden_inbox[1])
@@ -6680,13 +6881,13 @@ class Mother:
             listener.close()
         threading.stack_size(THREAD_STACK_BYTES)
         drop_privileges(self.accounts[1], "")
-        return run_helper(self.serving(), self.resolver_inbox[0], control, Resolver.GRANTED, Resolver().grant)
+        return run_helper(self.serving(), self.resolver_inbox[0], control, Resolver())
 
     def be_warden(self, control: socket.socket, _: int) -> int:
         """The life of the warden, in its process."""
         for listener in self.listeners.values():
             listener.close()
-        return run_helper(self.serving(), self.warden_inbox[0], control, Warden.GRANTED, Warden(self.config).grant)
+        return run_helper(self.serving(), self.warden_inbox[0], control, Warden(self.config))
 
     def order(self, child: Child, order: Order) -> None:
         """Tell a child what to do; one that is gone will be reaped."""
@@ -6742,9 +6943,18 @@ class Mother:
             self.log_complaints(complaints)
             self.log.write("error", f"SIGHUP ]: config not reloaded: {error}")
             return
-        self.switch(config, listeners)
+        if config == self.config:
+            self.reopen_logs()
+        else:
+            self.switch(config, listeners)
         self.log_complaints(complaints)
         self.log.write("info", "SIGHUP ]: config reloaded.  Broadcasting to children to do the same")
+
+    def reopen_logs(self) -> None:
+        """Open the logs again, for all processes: log rotation needs no new workers."""
+        self.open_logs()
+        for child in self.children.values():
+            self.order(child, Order.LOGS)
 
     def log_complaints(self, complaints: Iterable[Complaint]) -> None:
         """Log what the parser says, one record for each complaint."""

@@ -603,3 +603,14 @@ def logged(text: str) -> Step:
         eventually(lambda: any(talk.is_about(r) and text in talk.mask(r) for r in talk.server.log))
 
     return step
+
+
+def answered(name: str) -> Step:
+    """Wait until a peer has answered its first datagram."""
+
+    def step(talk: Talk) -> None:
+        peer = talk.peer(name)
+        assert isinstance(peer, UdpPeer)
+        eventually(lambda: peer.answered)
+
+    return step

@@ -245,6 +245,7 @@ class UdpPeer(Peer):
     def __init__(self, answers: int = 1, host: str = "127.0.0.1") -> None:
         super().__init__(host)
         self.seen: list[tuple[bytes, tuple[str, int]]] = []
+        self.answered = 0
         self._answers = answers
         self._closing = False
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -259,6 +260,7 @@ class UdpPeer(Peer):
             for _ in range(self._answers):
                 with contextlib.suppress(OSError):
                     self.socket.sendto(data, remote)
+            self.answered += 1
 
     def send(self, data: bytes, remote: tuple[str, int]) -> None:
         """Send a datagram that nobody asked for."""
