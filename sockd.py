@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import ctypes
-import dataclasses
 import enum
 import errno
 import fcntl
@@ -30,7 +29,6 @@ import struct
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, Sequence, TypeVar
 
@@ -125,8 +123,9 @@ class PeerGone(SockdError):
 
 
 # ============================== 2. Records ==============================
-# Immutable facts that the rest of the program passes round.  `str()` of a record is
-# its spelling in Dante's log lines.
+# Immutable facts that the rest of the program passes round.  They are named tuples because those
+# cost little at start and in memory; dataclasses would import half of the compiler.
+# `str()` of an Endpoint is its spelling in Dante's log lines.
 
 
 class Endpoint(NamedTuple):
@@ -148,8 +147,7 @@ class Endpoint(NamedTuple):
 UNSPECIFIED = Endpoint("0.0.0.0", 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(NamedTuple):
     """A place in a configuration file; line and column count from 1."""
 
     file: str
@@ -160,8 +158,7 @@ class Position:
         return f"{self.file}:{self.line}:{self.column}"
 
 
-@dataclass(frozen=True, slots=True)
-class Complaint:
+class Complaint(NamedTuple):
     """One thing that the parser or the checks have to say about a configuration."""
 
     level: str  # "error", "warning" or "notice"
@@ -172,8 +169,7 @@ class Complaint:
     hint: str = ""  # the fix, e.g. 'did you mean "external"?'
 
 
-@dataclass(frozen=True, slots=True)
-class PortTest:
+class PortTest(NamedTuple):
     """The `port` clause of an address: an operator and its number or inclusive range."""
 
     operator: str = "any"  # any eq ne ge le gt lt range
@@ -186,8 +182,7 @@ class PortTest:
         return f" port {self.low}-{self.high}" if self.operator == "range" else f" port {self.operator} {self.low}"
 
 
-@dataclass(frozen=True, slots=True)
-class RuleAddress:
+class RuleAddress(NamedTuple):
     """An address pattern of a rule, route or monitor.
 
     kind: "any" (0/0: every address of both families and every name), "ipv4", "ipv6",
@@ -203,8 +198,7 @@ class RuleAddress:
     port: PortTest = PortTest()
 
 
-@dataclass(frozen=True, slots=True)
-class Timeouts:
+class Timeouts(NamedTuple):
     """All in seconds; 0 means never (sockd.conf(5), timeout.*)."""
 
     negotiate: int = 30
@@ -214,8 +208,7 @@ class Timeouts:
     tcp_fin_wait: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class SocketOption:
+class SocketOption(NamedTuple):
     """One `internal.LEVEL.NAME: VALUE` line, as the kernel wants it.
 
     `level` and `number` are setsockopt(2)'s; `value` is the final integer (for a sub-field of
@@ -231,8 +224,7 @@ class SocketOption:
     mask: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorLog:
+class ErrorLog(NamedTuple):
     """`internal.log.LEVEL.error: SYMBOLS`, or `.tcp.enabled` / `.tcp.disabled` in `event`."""
 
     side: str
@@ -241,8 +233,7 @@ class ErrorLog:
     symbols: tuple[str, ...]  # upper-case errno and EAI names, or no-route dns-any system-any; or tcp words
 
 
-@dataclass(frozen=True, slots=True)
-class SessionLimits:
+class SessionLimits(NamedTuple):
     """`session.*` of one rule; None where not set.  Throttles are (clients, seconds)."""
 
     max: int | None = None
@@ -253,16 +244,14 @@ class SessionLimits:
     inheritable: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Redirect:
+class Redirect(NamedTuple):
     """`redirect from:` / `redirect to:` of a rule or route."""
 
     source: RuleAddress | None = None
     target: RuleAddress | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Gssapi:
+class Gssapi(NamedTuple):
     """`gssapi.*` and `clientcompatibility` of a rule or route."""
 
     servicename: str = "rcmd"
@@ -271,8 +260,7 @@ class Gssapi:
     nec: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """One client-, hostid- or socks-rule with everything that its defaults fill in.
 
     `commands`, `protocols`, `proxyprotocols`, `clientmethods` and `socksmethods` are final: what
@@ -307,8 +295,7 @@ class Rule:
     error_logs: tuple[ErrorLog, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """One `route` object.  `via` is "direct" or a proxy; `via_endpoint` is None for direct."""
 
     number: int
@@ -327,8 +314,7 @@ class Route:
     socket_options: tuple[SocketOption, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Alarm:
+class Alarm(NamedTuple):
     """One alarm of a monitor: `kind` "data", "disconnect" or "mtu-error"."""
 
     kind: str
@@ -339,8 +325,7 @@ class Alarm:
     seconds: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Monitor:
+class Monitor(NamedTuple):
     """One `monitor` object."""
 
     number: int
@@ -352,8 +337,7 @@ class Monitor:
     alarms: tuple[Alarm, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class External:
+class External(NamedTuple):
     """One outgoing address: an IP address (`endpoint`, port 0) or an interface kept by name."""
 
     text: str
@@ -361,8 +345,7 @@ class External:
     position: Position | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(NamedTuple):
     """A whole sockd.conf, checked; nothing in it changes after parsing."""
 
     file: str
@@ -406,8 +389,7 @@ class Config:
     uses: tuple[tuple[str, Position], ...] = ()  # each keyword (canonical name) and where it stands
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """Who a client is, as far as it has shown.
 
     `clientmethod` is what admitted it at the client-rule, `method` what it negotiated
@@ -441,8 +423,7 @@ class Facts(NamedTuple):
     identity: Identity = Identity()
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """The verdict on some Facts.
 
     `addresses` are those that the session may use (connect to) under this rule; `method` is what
@@ -480,7 +461,9 @@ REST_OF_LINE = re.compile(r"[^\r\n]*")
 STRANGE_WORD = re.compile(r"[{}]|[^\x00-\x20\x7f{}]+|[^\n]")
 UNREAD_LINE = re.compile(r"(?:[^\n{}#]+|#[^\n]*)*")
 UNREAD_BLOCK = re.compile(r"\{(?:[^{}#]+|#[^\n]*)*\}?")
-KEYWORD_WITH_COLON = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*[ \t]*:")
+KEYWORD_WITH_COLON = re.compile(
+    r"(?:(?:redirect|bounce)[ \t]+(?:to|from)|[A-Za-z][A-Za-z0-9_.-]*)[ \t]*:"
+)
 KEYWORD_IN_LINE = re.compile(r"(?<![^ \t{}])([A-Za-z][A-Za-z0-9_.-]*)(?: +to| +from)?[ \t]*:")
 NUMBER = re.compile(r"0x[0-9A-Fa-f]+|0[0-7]*|[1-9][0-9]*")
 
@@ -514,7 +497,8 @@ class Scanner:
         self.text = text.removeprefix("\ufeff")
         self.file = file
         self.offset = 0
-        self._known_line = 1  # the line in which _known_offset lies
+        self._known_line = 1  # the line in which _known_offset lies, and where it starts
+        self._known_start = 0
         self._known_offset = 0
         self._line = ""  # the last that was asked for, and its start
         self._line_start = -1
@@ -555,17 +539,16 @@ class Scanner:
     def place(self, offset: int) -> Position:
         """Count line and column; quick when asked in the order of the file."""
         if offset < self._known_offset:
-            self._known_line, self._known_offset = 1, 0
+            self._known_line, self._known_start, self._known_offset = 1, 0, 0
         self._known_line += self.text.count("\n", self._known_offset, offset)
+        line_end = self.text.rfind("\n", self._known_offset, offset)
+        self._known_start = line_end + 1 if line_end >= 0 else self._known_start
         self._known_offset = offset
-        return Position(self.file, self._known_line, offset - self.line_start(offset) + 1)
-
-    def line_start(self, offset: int) -> int:
-        return self.text.rfind("\n", 0, offset) + 1
+        return Position(self.file, self._known_line, offset - self._known_start + 1)
 
     def line_text(self, offset: int) -> str:
         """Give the whole line around `offset`, without its line end."""
-        start = self.line_start(offset)
+        start = self.text.rfind("\n", 0, offset) + 1
         if start != self._line_start:
             # Kept, so that many complaints about one long line share one copy.
             end = self.text.find("\n", offset)
@@ -604,6 +587,7 @@ NEEDS_UPNP = "it needs a UPnP library"
 # Keywords and values that are parsed but not acted upon: to support one, take its line out.
 # A value stands behind its keyword; a name that ends in a dot stands for all that begin so.
 UNSUPPORTED = {
+    "alarm.": NOT_YET,
     "bandwidth": NOT_YET,
     "bounce to": NOT_YET,
     "child.": NOT_YET,
@@ -616,7 +600,6 @@ UNSUPPORTED = {
     "gssapi.": NOT_YET,
     "internal.alarm.": NOT_YET,
     "internal.log.": NOT_YET,
-    "alarm.": NOT_YET,
     "libwrap": NOT_YET,
     "libwrap.": NOT_YET,
     "method: gssapi": NOT_YET,
@@ -634,8 +617,6 @@ UNSUPPORTED = {
     "hostid pass": NEEDS_HOSTID,
     "hostindex": NEEDS_HOSTID,
     "ldap.": NEEDS_LDAP,
-    "method: bsdauth": NEEDS_OPENBSD,
-    "method: ldapauth": NEEDS_LDAP,
     "proxyprotocol: upnp": NEEDS_UPNP,
     "session.state.key.hostindex": NEEDS_HOSTID,
     "session.state.key: hostid": NEEDS_HOSTID,
@@ -685,7 +666,6 @@ class TooManyErrors(ConfigError):
     """Parsing stops here."""
 
 
-@dataclass(slots=True)
 class Draft:
     """What the globals, or one rule, route or monitor, have said so far.
 
@@ -693,15 +673,16 @@ class Draft:
     in a record of its own ("timeouts.connect").
     """
 
-    context: str  # global client socks hostid route monitor
-    head: Token
-    position: Position
-    verdict: str = ""
-    values: dict[str, Any] = dataclasses.field(default_factory=dict)
-    places: dict[str, Token] = dataclasses.field(default_factory=dict)  # by canonical keyword
-    # The keywords that had a mistake; "" for what could not even be read as a keyword.
-    broken: set[str] = dataclasses.field(default_factory=set)
-    last: str = ""  # the keyword before this one
+    def __init__(self, context: str, head: Token, position: Position, verdict: str = "") -> None:
+        self.context = context  # global client socks hostid route monitor
+        self.head = head
+        self.position = position
+        self.verdict = verdict
+        self.values: dict[str, Any] = {}
+        self.places: dict[str, Token] = {}  # by canonical keyword
+        # The keywords that had a mistake; "" for what could not even be read as a keyword.
+        self.broken: set[str] = set()
+        self.last = ""  # the keyword before this one
 
     def group(self, name: str) -> dict[str, Any]:
         """Select the values that belong to the record in field `name`."""
@@ -942,6 +923,13 @@ def read_throttle(parser: Parser, keyword: Token) -> tuple[int, int]:
     return parse_pair(parser, MAX_OPTION)
 
 
+def check_order(low: int, high: int, last: Token) -> None:
+    if high < low:
+        raise Mistake(
+            f"the last port ({high}) is below the first ({low})", last, f"write {high}-{low}"
+        )
+
+
 def read_port_range(parser: Parser, keyword: Token) -> tuple[int, int]:
     low = parse_number(parser, 0, 65535)
     if not parser.scanner.take(DASH):
@@ -951,13 +939,6 @@ def read_port_range(parser: Parser, keyword: Token) -> tuple[int, int]:
     high = parse_number(parser, 0, 65535)
     check_order(low, high, last)
     return low, high
-
-
-def check_order(low: int, high: int, last: Token) -> None:
-    if high < low:
-        raise Mistake(
-            f"the last port ({high}) is below the first ({low})", last, f"write {high}-{low}"
-        )
 
 
 def read_rest(parser: Parser, keyword: Token) -> str:
@@ -996,17 +977,17 @@ def read_service_name(parser: Parser, keyword: Token) -> str:
     return word.text
 
 
-def take_file(parser: Parser, keyword: Token) -> Token:
-    word = parser.scanner.take(FILE_WORD)
-    if word is None or word.text.startswith("#"):
-        raise Mistake(f'"{keyword.text}" needs a file name, in the same line', keyword)
-    check_quotes(parser, word)
-    return word
-
-
 def check_quotes(parser: Parser, word: Token) -> None:
     if word.text[0] in "\"'":
         parser.warn("quotes have no meaning here: they are part of the name", word)
+
+
+def take_file(parser: Parser, keyword: Token) -> Token:
+    word = parser.scanner.take(FILE_WORD)
+    if word is None:
+        raise Mistake(f'"{keyword.text}" needs a file name, in the same line', keyword)
+    check_quotes(parser, word)
+    return word
 
 
 def read_file(parser: Parser, keyword: Token) -> str:
@@ -1025,6 +1006,17 @@ FACILITIES = frozenset(
 )
 
 
+def check_log_output(parser: Parser, word: Token) -> bool:
+    """Tell whether an output can be used; Dante, too, only warns of an unknown facility."""
+    output, _, facility = word.text.partition("/")
+    if output != "syslog" or not facility or facility in FACILITIES:
+        check_quotes(parser, word)
+        return True
+    known = describe_words(sorted(FACILITIES))
+    parser.warn(f'unknown syslog facility "{shorten(facility)}"', word, f"it must be {known}")
+    return False
+
+
 def read_log_outputs(parser: Parser, keyword: Token) -> tuple[str, ...]:
     """Read a list of stdout, stderr, syslog, syslog/FACILITY and files."""
     outputs = []
@@ -1035,17 +1027,6 @@ def read_log_outputs(parser: Parser, keyword: Token) -> tuple[str, ...]:
         if name and check_log_output(parser, Token(name, word.offset)):
             outputs.append(name)
     return tuple(outputs)
-
-
-def check_log_output(parser: Parser, word: Token) -> bool:
-    """Tell whether an output can be used; Dante, too, only warns of an unknown facility."""
-    output, _, facility = word.text.partition("/")
-    if output != "syslog" or not facility or facility in FACILITIES:
-        check_quotes(parser, word)
-        return True
-    known = describe_words(sorted(FACILITIES))
-    parser.warn(f'unknown syslog facility "{shorten(facility)}"', word, f"it must be {known}")
-    return False
 
 
 # ---- addresses and ports
@@ -1109,6 +1090,20 @@ def take_address(parser: Parser, keyword: Token) -> Token:
     return word
 
 
+def check_name(parser: Parser, token: Token) -> None:
+    """Refuse what cannot be a host name, and doubt what looks like a mistyped address."""
+    hint = "0/0 stands for every address" if token.text in ("*", "0", "any", "all") else ""
+    if len(token.text) < 2 or not HOST_NAME.fullmatch(token.text):
+        if token.text.startswith("*."):
+            hint = f"{token.text[1:]} stands for every name in that domain"
+        raise Mistake(
+            f"{describe_token(token)} is no address, host name, domain or interface", token, hint
+        )
+    if LIKE_IPV4.fullmatch(token.text) or hint:
+        hint = hint or "an IPv4 address has four numbers, each from 0 to 255"
+        parser.warn(f'"{token.text}" is no IP address: it is taken as a host name', token, hint)
+
+
 def parse_pattern(parser: Parser, token: Token) -> RuleAddress:
     """Classify an address of a rule, in Dante's order; its mask and port come later."""
     literal = find_literal(token.text)
@@ -1129,18 +1124,14 @@ def parse_pattern(parser: Parser, token: Token) -> RuleAddress:
     return RuleAddress("host", token.text)
 
 
-def check_name(parser: Parser, token: Token) -> None:
-    """Refuse what cannot be a host name, and doubt what looks like a mistyped address."""
-    hint = "0/0 stands for every address" if token.text in ("*", "0", "any", "all") else ""
-    if len(token.text) < 2 or not HOST_NAME.fullmatch(token.text):
-        if token.text.startswith("*."):
-            hint = f"{token.text[1:]} stands for every name in that domain"
-        raise Mistake(
-            f"{describe_token(token)} is no address, host name, domain or interface", token, hint
-        )
-    if LIKE_IPV4.fullmatch(token.text) or hint:
-        hint = hint or "an IPv4 address has four numbers, each from 0 to 255"
-        parser.warn(f'"{token.text}" is no IP address: it is taken as a host name', token, hint)
+def parse_dotted_mask(token: Token) -> int:
+    literal = find_literal(token.text)
+    if literal is None:
+        raise Mistake(f'"{shorten(token.text)}" is no mask', token, "write e.g. /24")
+    bits = f"{pack_address(literal):032b}"
+    if "01" in bits:
+        raise Mistake(f"the mask {token.text} has a gap in its bits", token, "write e.g. /24")
+    return bits.count("1")
 
 
 def parse_mask(parser: Parser, kind: str, slash: Token) -> int:
@@ -1158,16 +1149,6 @@ def parse_mask(parser: Parser, kind: str, slash: Token) -> int:
             token,
         )
     return length
-
-
-def parse_dotted_mask(token: Token) -> int:
-    literal = find_literal(token.text)
-    if literal is None:
-        raise Mistake(f'"{shorten(token.text)}" is no mask', token, "write e.g. /24")
-    bits = f"{pack_address(literal):032b}"
-    if "01" in bits:
-        raise Mistake(f"the mask {token.text} has a gap in its bits", token, "write e.g. /24")
-    return bits.count("1")
 
 
 def parse_every_address(parser: Parser, token: Token, slash: Token | None) -> RuleAddress:
@@ -1204,8 +1185,7 @@ def parse_masked(parser: Parser, keyword: Token) -> RuleAddress:
             f"write {token.text}/{BITS[pattern.kind]} for one host",
         )
     host_bits = BITS[pattern.kind] - length
-    return dataclasses.replace(
-        pattern,
+    return pattern._replace(
         text=f"{pattern.text}/{length}",
         network=pattern.network >> host_bits << host_bits,
         prefix=length,
@@ -1264,7 +1244,7 @@ def read_pattern(parser: Parser, keyword: Token) -> RuleAddress:
     """Read an address with mask and port, for from, to, hostid and redirect from."""
     pattern = parse_masked(parser, keyword)
     port = parse_port(parser)
-    return dataclasses.replace(pattern, port=port) if port.operator != "any" else pattern
+    return pattern._replace(port=port) if port.operator != "any" else pattern
 
 
 def refuse_mask(parser: Parser, keyword: Token) -> None:
@@ -1408,17 +1388,18 @@ def read_families(parser: Parser, keyword: Token) -> tuple[str, ...]:
 # ---- methods
 
 
-def read_methods(parser: Parser, keyword: Token) -> tuple[str, ...]:
-    return parse_methods(parser, keyword, "socksmethod", METHODS)
-
-
-def read_client_methods(parser: Parser, keyword: Token) -> tuple[str, ...]:
-    known = tuple(method for method in METHODS if method in CLIENT_METHODS)
-    return parse_methods(parser, keyword, "clientmethod", known)
-
-
-def read_route_methods(parser: Parser, keyword: Token) -> tuple[str, ...]:
-    return parse_methods(parser, keyword, "method", ("none", "username", "gssapi"))
+def complain_of_method(
+    parser: Parser, keyword: Token, word: Token, known: tuple[str, ...]
+) -> None:
+    if word.text not in METHODS and word.text != "pam":
+        return complain_of_value(parser, keyword, word, known)
+    parser.draft.broken.add(parser.draft.last)
+    hint = f"it must be {describe_words(known)}"
+    if parser.draft.context in ("client", "hostid"):
+        # As Dante: in a client-rule the old "method" means clientmethod.
+        hint += f'; for what is asked of a SOCKS client write "socksmethod: {word.text}"'
+    parser.error(f'method "{word.text}" cannot be used for "{keyword.text}"', word, hint)
+    return None
 
 
 def parse_methods(
@@ -1442,22 +1423,20 @@ def parse_methods(
     return tuple(methods)
 
 
-def complain_of_method(
-    parser: Parser, keyword: Token, word: Token, known: tuple[str, ...]
-) -> None:
-    if word.text not in METHODS and word.text != "pam":
-        return complain_of_value(parser, keyword, word, known)
-    parser.draft.broken.add(parser.draft.last)
-    hint = f"it must be {describe_words(known)}"
-    if parser.draft.context == "client":
-        # As Dante: in a client-rule the old "method" means clientmethod.
-        hint += f'; for what is asked of a SOCKS client write "socksmethod: {word.text}"'
-    parser.error(f'method "{word.text}" cannot be used for "{keyword.text}"', word, hint)
-    return None
+def read_methods(parser: Parser, keyword: Token) -> tuple[str, ...]:
+    return parse_methods(parser, keyword, "socksmethod", METHODS)
+
+
+def read_client_methods(parser: Parser, keyword: Token) -> tuple[str, ...]:
+    known = tuple(method for method in METHODS if method in CLIENT_METHODS)
+    return parse_methods(parser, keyword, "clientmethod", known)
+
+
+def read_route_methods(parser: Parser, keyword: Token) -> tuple[str, ...]:
+    return parse_methods(parser, keyword, "method", ("none", "username", "gssapi"))
 
 
 # ---- libwrap, processors, logs of errors
-
 
 # hosts_options(5)
 LIBWRAP_OPTIONS = frozenset(
@@ -1618,13 +1597,13 @@ def read_mtu_alarm(parser: Parser, keyword: Token) -> tuple[tuple[Alarm, Token],
 
 # ---- socket options
 
-
 LEVELS = {
     "ip": socket.IPPROTO_IP,
     "socket": socket.SOL_SOCKET,
     "tcp": socket.IPPROTO_TCP,
     "udp": socket.IPPROTO_UDP,
 }
+
 
 class Option(NamedTuple):
     """A socket option: where it may be named, and what the kernel calls it.
@@ -1709,6 +1688,47 @@ IGNORED_OPTIONS = frozenset(
 )
 
 
+def check_option_side(parser: Parser, keyword: Token) -> None:
+    """Refuse an option for a connection that the rule will never see."""
+    if keyword.text.startswith("internal."):
+        return
+    if parser.draft.context in ("client", "hostid"):
+        raise Mistake(
+            "a client-rule has no external side yet", keyword, "set it in the socks-rule instead"
+        )
+    if parser.draft.verdict == "block":
+        raise Mistake("a rule that blocks never uses the external side", keyword, "leave it out")
+
+
+def check_option_time(parser: Parser, keyword: Token, option: Option) -> None:
+    """Warn of an option that comes too late in a rule for the client's connection."""
+    in_rule = parser.draft.context in ("client", "hostid", "socks")
+    if in_rule and option.early and keyword.text.startswith("internal."):
+        parser.warn(
+            "this option should be set before the client's connection exists, but the rule is "
+            "matched after that",
+            keyword,
+            "set it above the rules, for every connection",
+        )
+
+
+def parse_option_value(parser: Parser, keyword: Token, option: Option) -> int:
+    word = parser.scanner.look(VALUE_WORD)
+    if word is None or parser.scanner.look(NUMBER_WORD):
+        high = option.mask >> option.shift if option.mask else MAX_OPTION
+        return parse_number(parser, 0, high)
+    parser.scanner.take(VALUE_WORD)
+    symbols = option.symbols or {}
+    if word.text not in symbols:
+        known = f"{describe_words(symbols)}, or a number" if symbols else "a number"
+        raise Mistake(
+            f'"{shorten(word.text)}" is no value for "{keyword.text}": it must be {known}',
+            word,
+            find_similar(word.text, symbols),
+        )
+    return symbols[word.text]
+
+
 def read_option(parser: Parser, keyword: Token) -> tuple[SocketOption, ...]:
     """Read the value of SIDE.LEVEL.OPTION; () when the option is to be ignored."""
     side, level_name, name = keyword.text.split(".", 2)
@@ -1735,47 +1755,6 @@ def read_option(parser: Parser, keyword: Token) -> tuple[SocketOption, ...]:
     check_option_side(parser, keyword)
     check_option_time(parser, keyword, option)
     return (SocketOption(side, level_name, name, option.level, option.number, value, option.mask),)
-
-
-def parse_option_value(parser: Parser, keyword: Token, option: Option) -> int:
-    word = parser.scanner.look(VALUE_WORD)
-    if word is None or parser.scanner.look(NUMBER_WORD):
-        high = option.mask >> option.shift if option.mask else MAX_OPTION
-        return parse_number(parser, 0, high)
-    parser.scanner.take(VALUE_WORD)
-    symbols = option.symbols or {}
-    if word.text not in symbols:
-        known = f"{describe_words(symbols)}, or a number" if symbols else "a number"
-        raise Mistake(
-            f'"{shorten(word.text)}" is no value for "{keyword.text}": it must be {known}',
-            word,
-            find_similar(word.text, symbols),
-        )
-    return symbols[word.text]
-
-
-def check_option_side(parser: Parser, keyword: Token) -> None:
-    """Refuse an option for a connection that the rule will never see."""
-    if keyword.text.startswith("internal."):
-        return
-    if parser.draft.context in ("client", "hostid"):
-        raise Mistake(
-            "a client-rule has no external side yet", keyword, "set it in the socks-rule instead"
-        )
-    if parser.draft.verdict == "block":
-        raise Mistake("a rule that blocks never uses the external side", keyword, "leave it out")
-
-
-def check_option_time(parser: Parser, keyword: Token, option: Option) -> None:
-    """Warn of an option that comes too late in a rule for the client's connection."""
-    in_rule = parser.draft.context in ("client", "hostid", "socks")
-    if in_rule and option.early and keyword.text.startswith("internal."):
-        parser.warn(
-            "this option should be set before the client's connection exists, but the rule is "
-            "matched after that",
-            keyword,
-            "set it above the rules, for every connection",
-        )
 
 
 # ---- the keywords
@@ -2087,23 +2066,6 @@ def take_second_word(parser: Parser, word: Token) -> Token:
     return Token(f"{word.text} {second.text}", word.offset) if second else word
 
 
-def resolve_keyword(parser: Parser, word: Token) -> Keyword:
-    """Find the keyword that `word` means in this context, be it an old spelling."""
-    context = parser.draft.context
-    keyword = find_keyword(word.text)
-    if word.text in LEGACY and not (keyword and context in keyword.contexts):
-        legacy = LEGACY_IN_CLIENT if context in IN_CLIENT else {}
-        new = legacy.get(word.text, LEGACY[word.text])
-        parser.warn_of_old(word, new)
-        keyword = KEYWORDS[new]
-    if keyword is None:
-        parser.draft.broken.add("")
-        raise Mistake(*describe_unknown(word, context))
-    if context not in keyword.contexts:
-        raise Mistake(*describe_misplaced(word, keyword, context))
-    return keyword
-
-
 def describe_unknown(word: Token, context: str) -> tuple[str, Token, str]:
     if word.text in REMOVED:
         return f'keyword "{word.text}" cannot be used', word, REMOVED[word.text]
@@ -2123,12 +2085,67 @@ def describe_misplaced(word: Token, keyword: Keyword, context: str) -> tuple[str
     return text, word, f"it must stand {describe_words(places)}"
 
 
+def resolve_keyword(parser: Parser, word: Token) -> Keyword:
+    """Find the keyword that `word` means in this context, be it an old spelling."""
+    context = parser.draft.context
+    keyword = find_keyword(word.text)
+    if word.text in LEGACY and not (keyword and context in keyword.contexts):
+        legacy = LEGACY_IN_CLIENT if context in IN_CLIENT else {}
+        new = legacy.get(word.text, LEGACY[word.text])
+        parser.warn_of_old(word, new)
+        keyword = KEYWORDS[new]
+    if keyword is None:
+        parser.draft.broken.add("")
+        raise Mistake(*describe_unknown(word, context))
+    if context not in keyword.contexts:
+        raise Mistake(*describe_misplaced(word, keyword, context))
+    return keyword
+
+
 def parse_colon(parser: Parser, keyword: Keyword, word: Token) -> None:
     # The one keyword that has neither colon nor value.
     if keyword.name.endswith("alarm.mtu-error") or parser.scanner.take(COLON):
         return
     found = parser.scanner.next_token()
     raise Mistake(f'expected ":" after "{word.text}", not {describe_token(found)}', found)
+
+
+def store(draft: Draft, keyword: Keyword, value: Any) -> None:
+    """Merge a value with what the draft has of it already."""
+    merge = keyword.merge
+    if merge == "reset":
+        merge = "last" if draft.context == "global" else "list"
+    for field in keyword.fields:
+        if merge == "set":
+            draft.values[field] = draft.values.get(field, frozenset()).union(value)
+        elif merge == "list":
+            draft.values[field] = draft.values.get(field, ()) + value
+        else:
+            draft.values[field] = value
+
+
+FOLLOWS = {"from": "to", "to": "via"}
+
+
+def describe_object(draft: Draft) -> str:
+    return draft.context if draft.context in ("route", "monitor") else f"{draft.context}-rule"
+
+
+def check_address_order(parser: Parser, name: str, word: Token) -> None:
+    """Insist on from, to and via, each once, in this order, with nothing between them."""
+    draft = parser.draft
+    if name in ("from", "to", "via") and name in draft.places:
+        raise Mistake(f'there are two "{name}" in this {describe_object(draft)}', word)
+    wanted = FOLLOWS.get(draft.last, "")
+    if wanted == "via" and draft.context != "route":
+        wanted = ""
+    if wanted and name != wanted and wanted not in draft.places:
+        parser.error(f'"{wanted}" must follow directly upon "{draft.last}"', word)
+        draft.broken.add(wanted)
+    for first, second in FOLLOWS.items():
+        if name == second and first not in draft.places:
+            parser.error(f'"{first}" must stand before "{second}"', word)
+            draft.broken.add(first)
 
 
 def parse_setting(parser: Parser, word: Token) -> None:
@@ -2155,49 +2172,11 @@ def parse_setting(parser: Parser, word: Token) -> None:
     store(draft, keyword, value)
 
 
-def store(draft: Draft, keyword: Keyword, value: Any) -> None:
-    """Merge a value with what the draft has of it already."""
-    merge = keyword.merge
-    if merge == "reset":
-        merge = "last" if draft.context == "global" else "list"
-    for field in keyword.fields:
-        if merge == "set":
-            draft.values[field] = draft.values.get(field, frozenset()).union(value)
-        elif merge == "list":
-            draft.values[field] = draft.values.get(field, ()) + value
-        else:
-            draft.values[field] = value
-
-
-FOLLOWS = {"from": "to", "to": "via"}
-
-
-def check_address_order(parser: Parser, name: str, word: Token) -> None:
-    """Insist on from, to and via, each once, in this order, with nothing between them."""
-    draft = parser.draft
-    if name in ("from", "to", "via") and name in draft.places:
-        raise Mistake(f'there are two "{name}" in this {describe_object(draft)}', word)
-    wanted = FOLLOWS.get(draft.last, "")
-    if wanted == "via" and draft.context != "route":
-        wanted = ""
-    if wanted and name != wanted and wanted not in draft.places:
-        parser.error(f'"{wanted}" must follow directly upon "{draft.last}"', word)
-        draft.broken.add(wanted)
-    for first, second in FOLLOWS.items():
-        if name == second and first not in draft.places:
-            parser.error(f'"{first}" must stand before "{second}"', word)
-            draft.broken.add(first)
-
-
 # ---- rules, routes and monitors
 
 OBJECT_HEAD = re.compile(
     r"(?:(?:client|socks|hostid)[ \t]+(?:pass|block)|pass|block|route|monitor)\s*\{"
 )
-
-
-def describe_object(draft: Draft) -> str:
-    return draft.context if draft.context in ("route", "monitor") else f"{draft.context}-rule"
 
 
 def take_object_name(parser: Parser, word: Token) -> str:
@@ -2222,20 +2201,6 @@ def take_object_name(parser: Parser, word: Token) -> str:
     return f"{word.text} {verdict.text}"
 
 
-def parse_object(parser: Parser, word: Token, name: str) -> None:
-    """Read the braces of a rule, route or monitor and what is between them."""
-    context, _, verdict = name.partition(" ")
-    draft = Draft(context, word, parser.scanner.place(word.offset), verdict)
-    parser.use(name, word)
-    parser.draft = draft
-    try:
-        parse_open_brace(parser)
-        parser.objects.append(draft)
-        parse_body(parser)
-    finally:
-        parser.draft = parser.settings
-
-
 def parse_open_brace(parser: Parser) -> None:
     if parser.scanner.take_below(OPEN_BRACE):
         return
@@ -2246,25 +2211,6 @@ def parse_open_brace(parser: Parser) -> None:
     if keyword is None or parser.draft.context not in keyword.contexts:
         raise Mistake(complaint, found)
     parser.error(complaint, found)
-
-
-def parse_body(parser: Parser) -> None:
-    """Read settings up to and with the closing brace, or to where it must be missing."""
-    scanner = parser.scanner
-    scanner.skip_space()
-    while not scanner.take(CLOSE_BRACE):
-        if scanner.at_end() or OBJECT_HEAD.match(scanner.text, scanner.offset):
-            parser.draft.broken.add("}")
-            parser.error(f'this {describe_object(parser.draft)} has no "}}"', parser.draft.head)
-            return
-        try:
-            parse_setting(parser, take_keyword(parser))
-        except Mistake as mistake:
-            parser.error(str(mistake), mistake.token, mistake.hint)
-            parser.draft.broken.add("")
-            recover(parser)
-        scanner.skip_space()
-    check_addresses(parser)
 
 
 def check_addresses(parser: Parser) -> None:
@@ -2294,6 +2240,39 @@ def recover(parser: Parser) -> None:
         scanner.skip_space()
     if scanner.text.startswith("{", scanner.offset):
         scanner.offset = skip(UNREAD_BLOCK, scanner.text, scanner.offset)
+
+
+def parse_body(parser: Parser) -> None:
+    """Read settings up to and with the closing brace, or to where it must be missing."""
+    scanner = parser.scanner
+    scanner.skip_space()
+    while not scanner.take(CLOSE_BRACE):
+        if scanner.at_end() or OBJECT_HEAD.match(scanner.text, scanner.offset):
+            parser.draft.broken.add("}")
+            parser.error(f'this {describe_object(parser.draft)} has no "}}"', parser.draft.head)
+            return
+        try:
+            parse_setting(parser, take_keyword(parser))
+        except Mistake as mistake:
+            parser.error(str(mistake), mistake.token, mistake.hint)
+            parser.draft.broken.add("")
+            recover(parser)
+        scanner.skip_space()
+    check_addresses(parser)
+
+
+def parse_object(parser: Parser, word: Token, name: str) -> None:
+    """Read the braces of a rule, route or monitor and what is between them."""
+    context, _, verdict = name.partition(" ")
+    draft = Draft(context, word, parser.scanner.place(word.offset), verdict)
+    parser.use(name, word)
+    parser.draft = draft
+    try:
+        parse_open_brace(parser)
+        parser.objects.append(draft)
+        parse_body(parser)
+    finally:
+        parser.draft = parser.settings
 
 
 def parse_statement(parser: Parser) -> None:
@@ -2396,6 +2375,15 @@ def fill_client_methods(parser: Parser, draft: Draft) -> tuple[str, ...]:
     return methods
 
 
+def suits(method: str, values: dict[str, Any], commands: frozenset[str]) -> bool:
+    """Tell whether a global method can be of use in a socks-rule that names none."""
+    if needs_name(values) and method not in NAMING_METHODS:
+        return False
+    if commands <= REPLY_COMMANDS:
+        return all(method in REPLY_METHODS[command] for command in commands)
+    return True
+
+
 def fill_socks_methods(
     parser: Parser, draft: Draft, commands: frozenset[str]
 ) -> tuple[str, ...]:
@@ -2416,15 +2404,6 @@ def fill_socks_methods(
             'give it a "socksmethod" of its own',
         )
     return methods
-
-
-def suits(method: str, values: dict[str, Any], commands: frozenset[str]) -> bool:
-    """Tell whether a global method can be of use in a socks-rule that names none."""
-    if needs_name(values) and method not in NAMING_METHODS:
-        return False
-    if commands <= REPLY_COMMANDS:
-        return all(method in REPLY_METHODS[command] for command in commands)
-    return True
 
 
 def is_checked(parser: Parser, check: str) -> bool:
@@ -2472,6 +2451,16 @@ def check_reply_methods(parser: Parser, draft: Draft, rule: Rule) -> None:
                 return
 
 
+def check_throttles(parser: Parser, limits: SessionLimits, places: dict[str, Token]) -> None:
+    if not limits.throttle or not limits.state_throttle:
+        return
+    clients, seconds = limits.throttle
+    clients_of_key, seconds_of_key = limits.state_throttle
+    if clients_of_key > clients and seconds_of_key <= seconds:
+        text = "the throttle for each key is wider than that for all"
+        parser.error(text, places["session.state.throttle"])
+
+
 def check_session(parser: Parser, draft: Draft) -> None:
     """Check that the limits of a rule fit together."""
     limits = SessionLimits(**draft.group("session"))
@@ -2497,16 +2486,6 @@ def check_session(parser: Parser, draft: Draft) -> None:
     check_throttles(parser, limits, places)
 
 
-def check_throttles(parser: Parser, limits: SessionLimits, places: dict[str, Token]) -> None:
-    if not limits.throttle or not limits.state_throttle:
-        return
-    clients, seconds = limits.throttle
-    clients_of_key, seconds_of_key = limits.state_throttle
-    if clients_of_key > clients and seconds_of_key <= seconds:
-        text = "the throttle for each key is wider than that for all"
-        parser.error(text, places["session.state.throttle"])
-
-
 def fill_timeouts(parser: Parser, draft: Draft) -> Timeouts:
     """Copy the global timeouts and put the rule's own in their place."""
     common = parser.settings.group("timeouts")
@@ -2518,7 +2497,7 @@ def fill_timeouts(parser: Parser, draft: Draft) -> Timeouts:
         f"({timeouts.io_tcp}), so it is reduced to that in this rule",
         draft.places.get("timeout.tcp_fin_wait", draft.head),
     )
-    return dataclasses.replace(timeouts, tcp_fin_wait=timeouts.io_tcp)
+    return timeouts._replace(tcp_fin_wait=timeouts.io_tcp)
 
 
 def fill_options(parser: Parser, draft: Draft) -> tuple[SocketOption, ...]:
@@ -2555,17 +2534,6 @@ def finish_rule(parser: Parser, draft: Draft, number: int) -> Rule:
     return rule
 
 
-def finish_monitor(parser: Parser, draft: Draft, number: int) -> Monitor:
-    values = draft.plain()
-    alarms = values.pop("alarms", ())
-    values.pop("hostindex", None)
-    values["commands"], values["protocols"] = fill_commands(values)
-    check_commands(parser, draft)
-    check_alarms(parser, draft, alarms)
-    values["alarms"] = tuple(alarm for alarm, _ in alarms)
-    return Monitor(number, position=draft.position, **values)
-
-
 def check_alarms(
     parser: Parser, draft: Draft, alarms: tuple[tuple[Alarm, Token], ...]
 ) -> None:
@@ -2583,32 +2551,18 @@ def check_alarms(
             covered.setdefault(alarm.kind, token)
 
 
-# ---- routes
-
-
-def finish_route(parser: Parser, draft: Draft, number: int) -> Route:
-    """Build a route, fill in what it leaves out and check it."""
+def finish_monitor(parser: Parser, draft: Draft, number: int) -> Monitor:
     values = draft.plain()
-    gateway, endpoint = values.pop("gateway")
-    protocols = values.pop("proxyprotocols", None)
-    is_direct = gateway == "direct"
-    check_route_addresses(parser, draft, is_direct)
-    if endpoint and not endpoint.port:
-        port = HTTP_PORT if protocols == {"http"} else SOCKS_PORT
-        endpoint = endpoint._replace(port=port)
-    named = DEFAULT_PROXYPROTOCOLS if protocols is None else protocols
-    values["proxyprotocols"] = tuple(name for name in PROXY_PROTOCOLS if name in named)
-    values.setdefault("protocols", frozenset({"tcp", "udp"} if is_direct else {"tcp"}))
-    values["extension_bind"] = "bind" in values.pop("extension", ())
-    values["redirect"] = finish_redirect(draft)
-    values["gssapi"] = Gssapi(**draft.group("gssapi"))
-    values["socket_options"] = fill_options(parser, draft)
-    route = Route(
-        number, via=gateway, via_endpoint=endpoint, position=draft.position, **values
-    )
-    if not is_direct:
-        check_proxy(parser, draft, route)
-    return route
+    alarms = values.pop("alarms", ())
+    values.pop("hostindex", None)
+    values["commands"], values["protocols"] = fill_commands(values)
+    check_commands(parser, draft)
+    check_alarms(parser, draft, alarms)
+    values["alarms"] = tuple(alarm for alarm, _ in alarms)
+    return Monitor(number, position=draft.position, **values)
+
+
+# ---- routes
 
 
 def check_route_addresses(parser: Parser, draft: Draft, is_direct: bool) -> None:
@@ -2618,6 +2572,27 @@ def check_route_addresses(parser: Parser, draft: Draft, is_direct: bool) -> None
         )
     if is_direct and "proxyprotocol" in draft.places:
         parser.error("a direct route has no proxyprotocol", draft.places["proxyprotocol"])
+
+
+def check_forwarded_password(parser: Parser, draft: Draft, protocols: frozenset[str]) -> None:
+    token = draft.places["method"]
+    if "socks_v5" not in protocols:
+        parser.error(
+            'method "username" needs proxyprotocol socks_v5',
+            token,
+            'add "proxyprotocol: socks_v5", or leave the method out',
+        )
+        return
+    if not NAMING_METHODS.intersection(parser.settings.values.get("socksmethods", ())):
+        parser.error(
+            "no client can give a user name to pass on to the proxy: no global method tells one",
+            token,
+            'add "username" to the global "socksmethod"',
+        )
+        return
+    parser.complain(
+        "notice", "this route hands the user names and passwords of clients to the proxy", token
+    )
 
 
 def check_proxy(parser: Parser, draft: Draft, route: Route) -> None:
@@ -2643,25 +2618,29 @@ def check_proxy(parser: Parser, draft: Draft, route: Route) -> None:
         check_forwarded_password(parser, draft, protocols)
 
 
-def check_forwarded_password(parser: Parser, draft: Draft, protocols: frozenset[str]) -> None:
-    token = draft.places["method"]
-    if "socks_v5" not in protocols:
-        parser.error(
-            'method "username" needs proxyprotocol socks_v5',
-            token,
-            'add "proxyprotocol: socks_v5", or leave the method out',
-        )
-        return
-    if not NAMING_METHODS.intersection(parser.settings.values.get("socksmethods", ())):
-        parser.error(
-            "no client can give a user name to pass on to the proxy: no global method tells one",
-            token,
-            'add "username" to the global "socksmethod"',
-        )
-        return
-    parser.complain(
-        "notice", "this route hands the user names and passwords of clients to the proxy", token
+def finish_route(parser: Parser, draft: Draft, number: int) -> Route:
+    """Build a route, fill in what it leaves out and check it."""
+    values = draft.plain()
+    gateway, endpoint = values.pop("gateway")
+    protocols = values.pop("proxyprotocols", None)
+    is_direct = gateway == "direct"
+    check_route_addresses(parser, draft, is_direct)
+    if endpoint and not endpoint.port:
+        port = HTTP_PORT if protocols == {"http"} else SOCKS_PORT
+        endpoint = endpoint._replace(port=port)
+    named = DEFAULT_PROXYPROTOCOLS if protocols is None else protocols
+    values["proxyprotocols"] = tuple(name for name in PROXY_PROTOCOLS if name in named)
+    values.setdefault("protocols", frozenset({"tcp", "udp"} if is_direct else {"tcp"}))
+    values["extension_bind"] = "bind" in values.pop("extension", ())
+    values["redirect"] = finish_redirect(draft)
+    values["gssapi"] = Gssapi(**draft.group("gssapi"))
+    values["socket_options"] = fill_options(parser, draft)
+    route = Route(
+        number, via=gateway, via_endpoint=endpoint, position=draft.position, **values
     )
+    if not is_direct:
+        check_proxy(parser, draft, route)
+    return route
 
 
 # ---- the whole
@@ -2816,7 +2795,7 @@ def parse_config(
         config = finish_config(parser)
     except TooManyErrors:
         config = None
-        parser.complain_of_file("notice", f"{file} has more errors than these {MAX_ERRORS}")
+        parser.complain_of_file("notice", f"too many errors: {file} was not read further")
     return config, tuple(sorted(parser.complaints, key=order_of_file))
 
 
@@ -2833,6 +2812,17 @@ def find_unsupported(config: Config) -> tuple[Complaint, ...]:
     return tuple(complaints)
 
 
+def describe_line(line: str, start: int, length: int) -> list[str]:
+    """Show a line and mark a part of it; of a long line, what is around that part."""
+    first = max(0, start - SHOWN_COLUMNS // 2) if len(line) > SHOWN_COLUMNS else 0
+    shown = line[first : first + SHOWN_COLUMNS]
+    shown = "".join(char if char.isprintable() or char == "\t" else "?" for char in shown)
+    # Tabs are kept in the margin below, so that the caret stands right whatever their width.
+    margin = "".join("\t" if char == "\t" else " " for char in shown[: start - first])
+    room = max(1, len(shown) - (start - first))
+    return ["    " + shown, "    " + margin + "^" + "~" * (min(length, room) - 1)]
+
+
 def describe_complaint(complaint: Complaint) -> str:
     """Write a complaint as a compiler does: place, text, the line, a caret and the hint."""
     where = f"{complaint.position}: " if complaint.position else ""
@@ -2843,17 +2833,6 @@ def describe_complaint(complaint: Complaint) -> str:
     if complaint.hint:
         lines.append(f"    hint: {complaint.hint}")
     return "\n".join(lines)
-
-
-def describe_line(line: str, start: int, length: int) -> list[str]:
-    """Show a line and mark a part of it; of a long line, what is around that part."""
-    first = max(0, start - SHOWN_COLUMNS // 2) if len(line) > SHOWN_COLUMNS else 0
-    shown = line[first : first + SHOWN_COLUMNS]
-    shown = "".join(char if char.isprintable() or char == "\t" else "?" for char in shown)
-    # Tabs are kept in the margin below, so that the caret stands right whatever their width.
-    margin = "".join("\t" if char == "\t" else " " for char in shown[: start - first])
-    room = max(1, len(shown) - (start - first))
-    return ["    " + shown, "    " + margin + "^" + "~" * (min(length, room) - 1)]
 
 
 # ============================== 5. Rules ==============================
@@ -5216,7 +5195,8 @@ class UdpRelay:
             decision = self._remember(("out", target), self.events.judge_datagram(self.client, target))
         payload = data[header:]
         if decision.verdict == "block":
-            self.events.log_datagram(decision, self._packet(target), payload)
+            seen = Packet("udpassociate", self.client, self.local, None, (*decision.addresses, target)[0])
+            self.events.log_datagram(decision, seen, payload)
             return
         address = decision.addresses[0]
         path = self._path_for(address)
@@ -5248,6 +5228,8 @@ class UdpRelay:
             decision = self._remember(("in", sender), self.events.judge_reply(sender, self.client))
         packet = Packet("udpreply", self.client, self.local, path.local, sender)
         self.active = time.monotonic()
+        path.received_bytes += len(data)
+        path.received_packets += 1
         if decision.verdict == "pass":
             reply = encode_udp_header(sender) + data
             try:
@@ -5256,8 +5238,6 @@ class UdpRelay:
                 return  # too large with its header, or the client's port is gone: this datagram only
             path.client_received_bytes += len(reply)
             path.client_received_packets += 1
-            path.received_bytes += len(data)
-            path.received_packets += 1
         self.events.log_datagram(decision, packet, data)
 
 
@@ -5268,11 +5248,11 @@ class UdpRelay:
 
 RESOLVE_SECONDS = 60.0  # when timeout.connect is 0; a resolver with three servers gives up sooner
 PASSWORD_SECONDS = 60.0  # a little more than what the warden grants a check
+NAME_UNKNOWN = "Name or service not known"  # EAI_NONAME, as glibc and Dante say it
 REQUEST_NOT_PERFORMED = "request was not performed due to error: "
 
 
-@dataclass(frozen=True, slots=True)
-class Serving:
+class Serving(NamedTuple):
     """What all sessions of a worker share; nothing in it changes."""
 
     config: Config
@@ -5316,7 +5296,8 @@ class SessionLookup:
         answer = self.ask(Favour.RESOLVE, name, families.encode())
         # A name for "this host" is no target: connect(2) takes 0.0.0.0 for 127.0.0.1, past every rule on that.
         found = tuple(e for e in decode_endpoints(answer[1:]) if e.host not in IP_ANY)
-        return found, answer[0].decode() or ("" if found else "Name or service not known")
+        fault = answer[0].decode() or ("" if found else NAME_UNKNOWN)
+        return found, f"{fault} for IPv{families} address" if fault == NAME_UNKNOWN and len(families) == 1 else fault
 
     def addresses(self, name: str) -> tuple[Endpoint, ...]:
         return decode_endpoints(self.ask(Favour.RESOLVE, name, b"46")[1:])
@@ -5385,17 +5366,17 @@ class SessionLog:
         count, age = describe_count(received, "byte"), describe_count(self.seconds(), "second")
         self.blocked_at_accept(f"error after reading {count} in {age}: {reason}")
 
-    def refused_above(self, reason: str) -> None:
+    def refused_above(self, reason: str, verdict: str = "block", wanted: frozenset[str] = LOGS_A_BLOCK) -> None:
         """Record at accept level what became of a request at the socks level."""
         self.ended = True
-        if self.client_rule.log:
-            self.write("block", self.client_rule, "tcp/accept", "]", f"{self.accept_side}: {reason}")
+        if not wanted.isdisjoint(self.client_rule.log):
+            self.write(verdict, self.client_rule, "tcp/accept", "]", f"{self.accept_side}: {reason}")
 
     def request_failed(self, rule: Rule, event: str, path: str, reason: str) -> None:
         """Record a request that a rule let pass, or none has judged yet, and that could not be done."""
         if not LOGS_AN_ERROR.isdisjoint(rule.log):
             self.write("block", rule, event, "]", f"{self.side}{path}: {reason}")
-        self.refused_above(REQUEST_NOT_PERFORMED + reason)
+        self.refused_above(REQUEST_NOT_PERFORMED + reason, wanted=LOGS_AN_ERROR)
 
     def request_blocked(self, rule: Rule, event: str, target: str, reason: str) -> None:
         """Record a request that the socks-rules forbid."""
@@ -5585,7 +5566,7 @@ class Session:
     def read_password(self, deadline: float) -> None:
         """Read user and password, and check them now if it is clear against what."""
         user, self.password = self.read(decode_password, deadline)
-        self.identity = dataclasses.replace(self.identity, method="username", user=user)
+        self.identity = self.identity._replace(method="username", user=user)
         method = only_password_method(self.config)
         fault = self.verify(method, self.password_rule(method)) if method else ""
         self.stream.send(encode_password_status(not fault), deadline)
@@ -5631,7 +5612,7 @@ class Session:
             fault = self.verify(decision.method, decision.rule)
             if fault:
                 # As Dante: a wrong password ends the search; no later rule is tried.
-                return dataclasses.replace(decision, verdict="block", reason=fault)
+                return decision._replace(verdict="block", reason=fault)
         return decision
 
     def facts(self, command: str, target: Endpoint | None, addresses: tuple[Endpoint, ...] = ()) -> Facts:
@@ -5801,7 +5782,9 @@ class ConnectRequest:
             return Race(decision.addresses, self.open_for(rule), session.connection.fileno(), deadline).run()
         except ConnectFailed as failure:
             if failure.at_once:
-                path = f" -> {failure.source} {failure.target}"
+                # As Dante: the name, unless a rule has picked some of its addresses.
+                picked = rule.target.kind not in ("any", "domain", "host")
+                path = f" -> {failure.source} {describe_endpoint(failure.target if picked else self.target)}"
                 self.fail(rule, path, str(failure), reply_for(failure.error), failure.source)
             else:
                 reason = f"remote peer error ({failure.error.strerror})"
@@ -5878,6 +5861,9 @@ def check_family(config: Config, target: Endpoint, lookup: Lookup) -> None:
         )
 
 
+BIND_EXTENSION = "255.255.255.255"  # a DST.ADDR that asks for several peers (sockd.conf(5), extension)
+
+
 class BindRequest:
     """BIND (RFC 1928 section 4): listen for one peer on the client's behalf."""
 
@@ -5887,9 +5873,19 @@ class BindRequest:
         self.target = request.target
         self.event = "tcp/bind"
         self.expected: frozenset[str] = frozenset()  # hosts; empty: any
+        self.reason = ""  # why no peer was served
+        self.verdict = "pass"  # of the closing records
+        self.sides: tuple[Side, Side] | None = None  # client and peer, once they were joined
+        self.end = ""  # how their relay ended
+        self.above = ""  # what stands before the reason at accept level
 
     def run(self) -> None:
         session = self.session
+        if self.target.host == BIND_EXTENSION:
+            reason = "client requested disabled Dante extension: bind"
+            session.record.request_blocked(FINAL_SOCKS_BLOCK, self.event, str(self.target), reason)
+            session.reply(Reply.NOT_ALLOWED, self.target)
+            return
         try:
             listener = self.listen()
         except Refused as refusal:
@@ -5912,12 +5908,11 @@ class BindRequest:
         if "connect" in decision.rule.log:
             session.record.write("pass", decision.rule, self.event, "[", path)
         session.reply(Reply.SUCCEEDED, bound)
-        reason = self.serve_peer(decision.rule, listener, bound)
+        self.serve_peer(decision.rule, listener, bound)
         if "disconnect" in decision.rule.log:
-            rest = f"{path}: {reason}" if reason else path
-            session.record.write("pass", decision.rule, self.event, "]", rest)
-        if reason:
-            session.record.closed(0, 0, reason)
+            rest = f"{path}: {self.reason}" if self.reason else path
+            session.record.write(self.verdict, decision.rule, self.event, "]", rest)
+        self.finish()
 
     def listen(self) -> socket.socket:
         """Return a bound socket, not listening yet, as the rules are asked about its address; Refused."""
@@ -5933,8 +5928,6 @@ class BindRequest:
         else:
             family = target.family
             check_family(session.config, target, session.lookup)
-            if target.host == "255.255.255.255":
-                raise Refused("client requested disabled Dante extension: bind")
             if target.host not in IP_ANY:
                 self.expected = frozenset({target.host})
         external = choose_external(session.config, family, session.local, target, session.lookup)
@@ -5951,8 +5944,17 @@ class BindRequest:
         except OSError as error:
             raise Refused(f"could not bind {external}: {error.strerror}", reply_for(error)) from None
 
-    def serve_peer(self, rule: Rule, listener: socket.socket, bound: Endpoint) -> str:
-        """Wait for the peer and relay; return why there was none, or "" after a relay."""
+    def finish(self) -> None:
+        """Record the end at accept level."""
+        record = self.session.record
+        if self.sides is not None:
+            client, peer = self.sides
+            record.closed(client.sent, peer.sent, self.end)
+        else:
+            record.refused_above(self.above + self.reason, self.verdict, LOGS_AN_ERROR)
+
+    def serve_peer(self, rule: Rule, listener: socket.socket, bound: Endpoint) -> None:
+        """Wait for the peer and relay; or leave why there was none in `reason`."""
         session = self.session
         deadline = deadline_after(rule.timeouts.io_tcp)
         try:
@@ -5963,24 +5965,30 @@ class BindRequest:
                 except OSError:
                     continue  # it has gone already
                 peer = endpoint_of(address, connection.family)
-                decision = self.judge_peer(peer, bound)
+                decision = self.judge_peer(rule, peer, bound)
                 if decision is not None:
                     break
                 connection.close()
         except DeadlinePassed:
             session.reply(Reply.TTL_EXPIRED, UNSPECIFIED)
-            return "i/o timeout"
-        except PeerGone as gone:
-            return ENDED_BY_US if session.stopping else str(gone)
+            self.reason = "i/o timeout"
+            return
+        except PeerGone:
+            self.reason = ENDED_BY_US if session.stopping else "eof from client"
+            return
+        except OSError as error:
+            self.verdict, self.above = "block", REQUEST_NOT_PERFORMED
+            self.reason = f"receiving request from client failed ({error.strerror})"
+            return
         session.opened.append(connection)
         listener.close()
         if decision.verdict == "block":
             session.reply(Reply.NOT_ALLOWED, peer)
-            text = f"bind-reply from {peer} blocked by socks-rule #{decision.rule.number}"
-            session.record.refused_above(text)
-            return text
+            self.log_stranger(decision.rule, peer, bound, "")
+            self.verdict = "block"
+            self.reason = f"bind-reply from {peer} blocked by socks-rule #{decision.rule.number}"
+            return
         self.relay(decision.rule, connection, bound, peer)
-        return ""
 
     def wait_for_peer(self, listener: socket.socket, deadline: float) -> None:
         """Wait until somebody connects; PeerGone if the client leaves.
@@ -6002,15 +6010,16 @@ class BindRequest:
             elif time.monotonic() >= deadline:
                 raise DeadlinePassed("i/o timeout")
 
-    def judge_peer(self, peer: Endpoint, bound: Endpoint) -> Decision | None:
+    def judge_peer(self, rule: Rule, peer: Endpoint, bound: Endpoint) -> Decision | None:
         """Return the verdict on who has connected, or None for a stranger: the wait goes on.
 
         Unlike Dante: a stranger, for example a port scanner, does not end the BIND.
         """
         session = self.session
         if self.expected and peer.host not in self.expected:
-            reason = f"expected bindreply from {describe_endpoint(self.target)}, but got it from {peer}"
-            self.log_stranger(session.client_rule, peer, bound, reason)
+            expected = describe_endpoint(self.target._replace(port=0))
+            nobody = FINAL_SOCKS_BLOCK._replace(log=rule.log)
+            self.log_stranger(nobody, peer, bound, f"expected bindreply from {expected}, but got it from {peer}")
             return None
         facts = session.facts("bindreply", session.client)._replace(source=peer)
         decision = session.decide(facts)
@@ -6022,7 +6031,8 @@ class BindRequest:
 
     def log_stranger(self, rule: Rule, peer: Endpoint, bound: Endpoint, reason: str) -> None:
         if not LOGS_A_BLOCK.isdisjoint(rule.log):
-            path = f"{peer} {bound} -> {self.session.local} {self.session.client}"
+            near, local = self.session.record.side.split(" ")
+            path = f"{peer} {bound} -> {local} {near}"
             rest = f"{path}: {reason}" if reason else path
             self.session.record.write("block", rule, "tcp/bindreply", "]", rest)
 
@@ -6034,14 +6044,12 @@ class BindRequest:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(session.serving.keepalive))
         session.reply(Reply.SUCCEEDED, peer)
         client_side, peer_side = Side(session.connection, "local client"), Side(connection, "remote peer")
-        inside = f"{session.local} {session.client}"
+        near, local = session.record.side.split(" ")
         # As Dante: a bindreply is recorded from the peer's end.
-        records = TcpRecords(session, rule, "tcp/bindreply", f"{peer} {bound}", inside, (peer_side, client_side))
-        reason = run_relay(session, records, client_side, peer_side)
-        self.finish(client_side, peer_side, reason)
-
-    def finish(self, client: Side, peer: Side, reason: str) -> None:
-        self.session.record.closed(client.sent, peer.sent, reason)
+        path = (f"{peer} {bound}", f"{local} {near}")
+        records = TcpRecords(session, rule, "tcp/bindreply", *path, (peer_side, client_side))
+        self.sides = client_side, peer_side
+        self.end = run_relay(session, records, client_side, peer_side)
 
 
 class UdpRequest:
@@ -6442,6 +6450,10 @@ class Helper(Protocol):
         """Wait until the questions under way are answered."""
         ...
 
+    def tidy(self) -> int | None:
+        """Clear up behind answered questions; return the milliseconds until that is needed again."""
+        ...
+
 
 def run_helper(serving: Serving, inbox: socket.socket, control: socket.socket, helper: Helper) -> int:
     """Answer questions until the mother says stop: the life of resolver and warden."""
@@ -6449,7 +6461,7 @@ def run_helper(serving: Serving, inbox: socket.socket, control: socket.socket, h
     poller.register(inbox.fileno(), select.POLLIN)
     poller.register(control.fileno(), select.POLLIN)
     while True:
-        for descriptor, _ in poller.poll():
+        for descriptor, _ in poller.poll(helper.tidy()):
             if descriptor == control.fileno():
                 message = receive_order(control)
                 if message is None or message[0] == Order.STOP:
@@ -6484,6 +6496,9 @@ class Resolver:
         except RuntimeError:
             self.free.release()
             question.reply([b"no thread is left to ask the resolver"])
+
+    def tidy(self) -> int | None:
+        return None
 
     def drain(self) -> None:
         for _ in range(RESOLVER_THREADS):
@@ -6554,6 +6569,10 @@ class Warden:
         pid = fork_verifier(lambda: question.reply([self.verify(question.fields).encode()]))
         self.children.add(pid)
         question.answer.close()
+
+    def tidy(self) -> int | None:
+        self.reap(must_wait=False)
+        return 100 if self.children else None
 
     def drain(self) -> None:
         while self.children:

@@ -12,7 +12,7 @@ import pytest
 
 import peers as peers_module
 import servers
-from servers import Danted, Server, Sockd, World, need
+from servers import Danted, Server, Sockd, World, need, need_danted
 
 
 class Factory:
@@ -40,7 +40,9 @@ class Factory:
             except AssertionError as error:
                 failures.append(str(error))
         if failures:
-            pytest.fail("\n".join([*failures, *(server.text for server in self._started)]), pytrace=False)
+            pytest.fail(
+                "\n".join([*failures, *(server.text for server in self._started)]), pytrace=False
+            )
 
 
 SERVERS: pytest.StashKey[list[list[Server]]] = pytest.StashKey()
@@ -62,12 +64,6 @@ def danted(as_root: None, tmp_path: Path, request: pytest.FixtureRequest) -> Ite
     factory = Factory(Danted, tmp_path, request.node)
     yield factory
     factory.close()
-
-
-def need_danted() -> None:
-    """Skip where danted is not installed."""
-    found = shutil.which("danted", path="/usr/sbin:/usr/local/sbin")
-    need(found, "danted is missing (Debian package dante-server)")
 
 
 @pytest.fixture(scope="session")

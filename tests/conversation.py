@@ -16,7 +16,16 @@ import struct
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from client import GRANTED, NO_ACCEPTABLE_METHOD, greeting, pack_address, password_message, request4, request5, wrap
+from client import (
+    GRANTED,
+    NO_ACCEPTABLE_METHOD,
+    greeting,
+    pack_address,
+    password_message,
+    request4,
+    request5,
+    wrap,
+)
 from peers import RESET, Company, Peer, TcpPeer, UdpPeer
 from servers import WITHIN, Record, Server, eventually
 
@@ -25,7 +34,9 @@ Step = Callable[["Talk"], None]
 Part = bytes | Callable[["Talk"], bytes]
 
 COMMANDS = {"connect": 1, "bind": 2, "udpassociate": 3}
-ADDRESS_IN_LOG = re.compile(r"(?<![\w.:-])([0-9a-fA-F:.]*[0-9a-fA-F:]|[\w-]+(?:\.[\w-]+)*\.test)\.(\d{1,5})(?!\w|\.\w)")
+ADDRESS_IN_LOG = re.compile(
+    r"(?<![\w.:-])([0-9a-fA-F:.]*[0-9a-fA-F:]|[\w-]+(?:\.[\w-]+)*\.test)\.(\d{1,5})(?!\w|\.\w)"
+)
 VARYING = (
     (re.compile(r"Session duration: \d+s"), "Session duration: _s"),
     (re.compile(r"in \d+ seconds?(?=:)"), "in _ seconds"),
@@ -193,13 +204,20 @@ class Talk:
 
     def is_about(self, record: Record) -> bool:
         """Tell whether a log record names this client."""
-        client = [f"{host}.{port}" for (host, port), role in self.roles.items() if "CLIENT" in role]
-        return any(re.search(rf"(?<![\d.:]){re.escape(name)}(?!\d)", record.message) for name in client)
+        client = [
+            f"{host}.{port}" for (host, port), role in self.roles.items() if "CLIENT" in role
+        ]
+        return any(
+            re.search(rf"(?<![\d.:]){re.escape(name)}(?!\d)", record.message) for name in client
+        )
 
     def is_about_relay(self, record: Record) -> bool:
         """Tell whether a log record names this client's UDP relay."""
         host, port = self.relay
-        return bool(port) and re.search(rf" {re.escape(host)}\.{port}(?!\d)", record.message) is not None
+        return (
+            bool(port)
+            and re.search(rf" {re.escape(host)}\.{port}(?!\d)", record.message) is not None
+        )
 
 
 def receive(connection: socket.socket, count: int) -> tuple[bytes, str]:
@@ -294,6 +312,15 @@ def send(*parts: Part, who: str = "client") -> Step:
 def open_connection(talk: Talk) -> None:
     """Connect to the server and send nothing yet."""
     talk.client.getsockname()
+
+
+def invite(name: str) -> Step:
+    """Start a peer that takes its time before the client connects."""
+
+    def step(talk: Talk) -> None:
+        talk.peer(name)
+
+    return step
 
 
 def bytewise(talk: Talk) -> None:
@@ -400,9 +427,12 @@ def same_port(name: str) -> Step:
     return step
 
 
+greet = (send(hello(0)), method)
+
+
 def connect(target: str) -> tuple[Any, ...]:
     """Connect through SOCKS 5 without a password."""
-    return (send(hello(0)), method, send(v5("connect", target)), reply)
+    return (greet, send(v5("connect", target)), reply)
 
 
 def connect4(target: str) -> tuple[Any, ...]:
@@ -416,8 +446,8 @@ def log_in(user: str, secret: str) -> tuple[Any, ...]:
 
 
 def ping(text: bytes = b"ping") -> tuple[Any, ...]:
-    """Send a few bytes and hear them again."""
-    return (send(text), hear(len(text)))
+    """Send a few bytes and hear them again, where the server has agreed."""
+    return (go_on, send(text), hear(len(text)))
 
 
 # -- BIND
@@ -425,7 +455,7 @@ def ping(text: bytes = b"ping") -> tuple[Any, ...]:
 
 def bind(target: str) -> tuple[Any, ...]:
     """Ask for a port that `target` may connect to."""
-    return (send(hello(0)), method, send(v5("bind", target)), first_reply)
+    return (greet, send(v5("bind", target)), first_reply)
 
 
 def first_reply(talk: Talk) -> None:
@@ -504,9 +534,9 @@ def fin_of(who: str) -> Step:
 # -- UDP
 
 
-def associate(target: str) -> tuple[Any, ...]:
+def associate(target: str = "0.0.0.0/0") -> tuple[Any, ...]:
     """Ask for a UDP relay; `HOST/udp` names this client's own UDP socket."""
-    return (open_udp("udp"), send(hello(0)), method, send(v5("udpassociate", target)), relay_reply)
+    return (open_udp("udp"), greet, send(v5("udpassociate", target)), relay_reply)
 
 
 def relay_reply(talk: Talk) -> None:
@@ -531,7 +561,9 @@ def open_udp(who: str, source: str = "") -> Step:
     return step
 
 
-def datagram(target: str, data: bytes, fragment: int = 0, reserved: int = 0, who: str = "udp") -> Step:
+def datagram(
+    target: str, data: bytes, fragment: int = 0, reserved: int = 0, who: str = "udp"
+) -> Step:
     """Send a datagram for `target` to the relay."""
 
     def step(talk: Talk) -> None:
@@ -579,8 +611,8 @@ def unasked(name: str, data: bytes, of: str = "udp-echo") -> Step:
         target, other = talk.peer(of), talk.peer(name)
         assert isinstance(target, UdpPeer)
         assert isinstance(other, UdpPeer)
-        external = eventually(lambda: target.seen and target.seen[-1][1])
-        other.send(data, external)
+        eventually(lambda: target.seen)
+        other.send(data, target.seen[-1][1])
 
     return step
 

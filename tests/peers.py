@@ -233,8 +233,13 @@ def answer_http(connection: socket.socket, seen: Seen) -> None:
     while b"\r\n\r\n" not in seen.data:
         if not receive(connection, seen):
             return
-    head = "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 7\r\nConnection: close\r\n\r\n"
-    connection.sendall(head.encode() + b"origin\n")
+    head = (
+        "HTTP/1.1 200 OK",
+        "Content-Type: text/plain",
+        "Content-Length: 7",
+        "Connection: close",
+    )
+    connection.sendall("\r\n".join([*head, "", "origin\n"]).encode())
 
 
 class UdpPeer(Peer):

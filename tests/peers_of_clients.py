@@ -12,6 +12,14 @@ from peers import Seen, TcpPeer, UdpPeer, receive
 
 ANSWER = "192.0.2.7"  # what the DNS server gives for every name
 PAGE = b"origin\n"  # what the FTP server gives for every file
+MUCH = bytes(range(256)) * 4000
+
+
+def answer_much(connection: socket.socket, seen: Seen) -> None:
+    """Answer one HTTP/0.9 request with MUCH."""
+    while b"\r\n\r\n" not in seen.data and receive(connection, seen):
+        pass
+    connection.sendall(MUCH)
 
 
 class DnsPeer(UdpPeer):
@@ -66,7 +74,7 @@ class UdpForwarder(UdpPeer):
         """Stop the thread and end the association."""
         super().close()
         self._outside.close()
-        self._control.close()
+        self._control.reset()
 
 
 class FtpPeer(TcpPeer):

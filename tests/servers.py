@@ -166,8 +166,8 @@ USERS = ("alice", "bob", "carol")
 class World:
     """A network of its own, and files that a server there finds in place of the machine's.
 
-    The network has a loopback interface, also with fd00::6, and no way out.  198.51.100.1 to .3 are routed to
-    errors: host unreachable, prohibited, invalid.
+    The network has a loopback interface, also with fd00::6, and no way out.  198.51.100.1 to .3
+    are routed to errors: host unreachable, prohibited, invalid.
     """
 
     files: dict[str, Path]  # file in /etc -> what a server in this world sees there
@@ -176,7 +176,17 @@ class World:
         """Give the command that runs `command` with the private files, in the same process."""
         binds = [f"mount --bind {ours} {etc} &&" for etc, ours in self.files.items()]
         script = " ".join([*binds, 'exec "$@"'])
-        return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *command]
+        return [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            script,
+            "sh",
+            *command,
+        ]
 
 
 def write_world_files(folder: Path) -> dict[str, Path]:
@@ -351,7 +361,9 @@ class Server:
 
     # -- using it
 
-    def connect(self, source: str | None = None, address: tuple[str, int] | None = None) -> socket.socket:
+    def connect(
+        self, source: str | None = None, address: tuple[str, int] | None = None
+    ) -> socket.socket:
         """Connect to the first listener (or `address`), from the address `source` if given."""
         target = address or self.addresses[0]
         connection = socket.create_connection(
@@ -365,7 +377,7 @@ class Server:
         os.kill(self.pid, number)
 
     def reload(self, config: str | None = None) -> None:
-        """Send SIGHUP, with another configuration if given, and wait until the log says it is over."""
+        """Send SIGHUP, with a new configuration if given, and wait until it has been read."""
         if config is not None:
             self.config_path.write_text(add_logoutput(config))
         before = len(self._reloads())
@@ -400,7 +412,9 @@ class Server:
             eventually(lambda: read_process(self.pid) is None)
         status = self._popen.poll()
         if status is None:
-            raise AssertionError(f"{self.name} did not stop within {WITHIN:g} s of SIGTERM\n{self.text}")
+            raise AssertionError(
+                f"{self.name} did not stop within {WITHIN:g} s of SIGTERM\n{self.text}"
+            )
         return status
 
     def kill(self) -> None:
@@ -517,7 +531,9 @@ def add_logoutput(config: str) -> str:
     return config if "logoutput:" in config else f"logoutput: stderr\n{config}"
 
 
-def check_configuration(config: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def check_configuration(
+    config: str, folder: Path, *options: str
+) -> subprocess.CompletedProcess[str]:
     """Run `sockd -V` over a configuration and give its exit status and output."""
     return run_sockd(config, folder, "-V", *options)
 
@@ -528,3 +544,9 @@ def run_sockd(config: str, folder: Path, *options: str) -> subprocess.CompletedP
     path.write_text(config)
     command = [*Sockd.command(Sockd.__new__(Sockd)), "-f", str(path), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=WITHIN, check=False)
+
+
+def need_danted() -> None:
+    """Skip where danted is not installed."""
+    found = shutil.which("danted", path="/usr/sbin:/usr/local/sbin")
+    need(found, "danted is missing (Debian package dante-server)")

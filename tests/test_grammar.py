@@ -6,7 +6,6 @@ in config/danted-exit-status.  Those under config/old are from times before it.
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from pathlib import Path
 
@@ -316,8 +315,8 @@ def test_parse_takes_the_default_port_from_the_services(monkeypatch: pytest.Monk
 
 
 def test_parse_drops_addresses_of_other_families() -> None:
-    text = f"internal.protocol: ipv6\nexternal.protocol: ipv4\ninternal: lo\nexternal: localhost\n{RULES}"
-    config = good(text)
+    protocols = "internal.protocol: ipv6\nexternal.protocol: ipv4\n"
+    config = good(f"{protocols}internal: lo\nexternal: localhost\n{RULES}")
     assert config.internal == (Endpoint("::1", 1080, 6),)
     assert [external.endpoint for external in config.external] == [Endpoint("127.0.0.1", 0)]
     assert config.external_protocols == {"ipv4"}
@@ -354,6 +353,7 @@ def test_parse_reads_external(value: str, expected: list[object]) -> None:
         ("user.libwrap: nobody", "user_libwrap", "nobody"),
         ("logoutput: stderr syslog/local3 /var/log/a:b#c #d", "logoutput",
          ("stderr", "syslog/local3", "/var/log/a:b#c")),
+        ("logoutput: stderr, /l", "logoutput", ("stderr", "/l")),
         ("logoutput: stdout\nlogoutput: stderr", "logoutput", ("stdout", "stderr")),
         ("logoutput: stderr errorlog: /e", "errorlog", ("/e",)),
         ("debug: 2", "debug", 2),
@@ -399,9 +399,9 @@ def test_parse_leaves_dantes_defaults_where_the_file_is_silent() -> None:
     untouched = Config("sockd.conf")
     named = {"internal", "external", "socksmethods", "clientmethods", "client_rules",
              "socks_rules", "uses"}  # fmt: skip
-    for field in dataclasses.fields(Config):
-        if field.name not in named:
-            assert getattr(config, field.name) == getattr(untouched, field.name), field.name
+    for field in Config._fields:
+        if field not in named:
+            assert getattr(config, field) == getattr(untouched, field), field
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,8 @@ def test_parse_reads_a_socket_option(
 
 
 @pytest.mark.parametrize(
-    "line", ["external.ip.tcp_nodelay: 1", "internal.socket.so_type: 3", "internal.ip.ip_options: 1"]
+    "line",
+    ["external.ip.tcp_nodelay: 1", "internal.socket.so_type: 3", "internal.ip.ip_options: 1"],
 )
 def test_parse_ignores_a_socket_option_with_a_warning(line: str) -> None:
     assert settings(line).socket_options == ()
@@ -468,9 +469,12 @@ def test_parse_ignores_a_socket_option_with_a_warning(line: str) -> None:
         ("timeout.connect: 5", "timeouts", sockd.Timeouts(connect=5)),
         ("redirect from: 10.0.0.0/8", "redirect",
          sockd.Redirect(source=RuleAddress("ipv4", "10.0.0.0/8", 10 << 24, 8))),
+        ("log: data redirect from: 10.0.0.0/8", "log", {"data"}),
         ("redirect to: 10.0.0.1 port = 5", "redirect",
          sockd.Redirect(target=RuleAddress("ipv4", "10.0.0.1/32", 0x0A000001, 32,
                                            PortTest("eq", 5, 5)))),
+        ("redirect to: www.example.com", "redirect",
+         sockd.Redirect(target=RuleAddress("host", "www.example.com"))),
         ("gssapi.servicename: x gssapi.keytab: FILE:/k", "gssapi",
          sockd.Gssapi("x", "FILE:/k")),
         ("gssapi.enctype: clear integrity\nclientcompatibility: necgssapi", "gssapi",
@@ -511,7 +515,7 @@ def test_parse_gives_a_client_rule_no_commands() -> None:
     ("methods", "lines", "expected"),
     [
         ("username none rfc931 pam.any", "user: bob", ("username", "rfc931")),
-        ("username none rfc931 pam.address", "group: staff", ("username", "rfc931", "pam.address")),
+        ("none rfc931 pam.address", "group: staff", ("rfc931", "pam.address")),
         ("username none rfc931", "command: bindreply", ("none", "rfc931")),
         ("username none rfc931", "command: udpreply", ("none",)),
         ("username none rfc931", "command: udpreply connect", ("username", "none", "rfc931")),
@@ -569,6 +573,7 @@ def test_parse_numbers_each_kind_in_the_order_of_the_file() -> None:
         ("proxy.example", "", "via_endpoint", Endpoint("proxy.example", 1080, 0)),
         ("DIRECT", "", "via", "direct"),
         ("direct", "", "via_endpoint", None),
+        ("broadcast", "proxyprotocol: upnp", "via", "broadcast"),
         ("direct", "", "protocols", {"tcp", "udp"}),
         ("direct", "command: bind udpassociate", "commands", {"bind", "udpassociate"}),
         ("10.0.0.1", "", "commands", {"connect"}),
@@ -590,7 +595,7 @@ def test_parse_reads_a_route(via: str, lines: str, field: str, expected: object)
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("alarm.data: 100 in 60", ("data", ("internal", "external"), ("recv", "send"), 100, 0, 60)),
+        ("alarm.data: 1 in 60", ("data", ("internal", "external"), ("recv", "send"), 1, 0, 60)),
         ("internal.alarm.data.recv: 1 in 9", ("data", ("internal",), ("recv",), 1, 0, 9)),
         ("external.alarm.data.send: 0 in 9", ("data", ("external",), ("send",), 0, 0, 9)),
         ("alarm.disconnect: 1/5", ("disconnect", ("internal", "external"), (), 1, 5, 5)),
@@ -643,6 +648,8 @@ def test_parse_reads_an_alarm(line: str, expected: tuple[object, ...]) -> None:
         ("external: 10.0.0.1/8", 19, "without a mask", ""),
         ("user.privileged: 0", 18, 'there is no user "0"', "not the number"),
         ("user.privileged: nosuch", 18, 'there is no user "nosuch"', ""),
+        ("user.privileged:", 1, '"user.privileged" needs the name of a user', ""),
+        ("passwordfile: # none", 1, '"passwordfile" needs a file name', ""),
         ("chroot: empty", 9, '"empty" is no absolute path', 'begin it with "/"'),
         ("cpu.mask.io: 900", 14, "this machine has no CPU 900", ""),
         ("cpu.mask.foo: 0", 1, 'there is no process "foo"', ""),
@@ -703,6 +710,9 @@ def test_parse_says_what_is_wrong(line: str, column: int, text: str, hint: str) 
         ("socks", "clientmethod: none socksmethod: username command: udpreply",
          'method "username" cannot be used for udpreply', ""),
         ("socks", "udp.portrange: 6000-5000", "the last port (5000) is below", "5000-6000"),
+        ("socks", "udp.portrange: 6000", 'expected "-" and the last port', ""),
+        ("socks", "pam.servicename:", '"pam.servicename" needs a name', ""),
+        ("socks", "libwrap:", '"libwrap" needs options', ""),
         ("socks", "pam.servicename: 1foo", "does not begin with a letter", ""),
         ("socks", "via: 10.0.0.1", '"via" cannot stand in a socks-rule', "in a route"),
         ("socks", "from: 0/0", 'there are two "from"', ""),
@@ -730,6 +740,8 @@ def test_parse_says_what_is_wrong_in_a_rule(head: str, line: str, text: str, hin
         ("from: 10.0.0.0/33 to: 0/0", "the mask 33 is out of range: it must be from 0 to 32"),
         ("from: ::1/129 to: 0/0", "the mask 129 is out of range: it must be from 0 to 128"),
         ("from: 10.0.0.0/255.0.255.0 to: 0/0", "has a gap in its bits"),
+        ("from: 10.0.0.0/255.0 to: 0/0", '"255.0" is no mask'),
+        ("from: 10.0.0.1%lo/8 to: 0/0", '"10.0.0.1%lo" is no address'),
         ("from: 10.0.0.0/ to: 0/0", "a mask must follow the slash"),
         ("from: 10.0.0.256/8 to: 0/0", "is no IP address, so it takes no mask"),
         ("from: www.example.com/8 to: 0/0", "is no IP address, so it takes no mask"),
@@ -778,6 +790,15 @@ def test_parse_says_what_is_wrong_with_a_route(via: str, lines: str, text: str) 
     errors = texts(f"{BASE}route {{ from: 0/0 to: 0/0 via: {via}\n{lines}\n}}", "error")
     assert len(errors) == 1
     assert text in errors[0]
+
+
+@pytest.mark.parametrize("command", ["", "command: udpreply connect"])
+def test_parse_refuses_users_of_replies_that_are_to_be_checked(command: str) -> None:
+    rule = f"socks pass {{ from: 0/0 to: 0/0 user: bob {command}\n}}"
+    text = f"{BASE}srchost: checkreplyauth\n{rule}"
+    assert texts(text, "error") == [
+        'with "srchost: checkreplyauth" a rule for UDP replies cannot ask for a user'
+    ]
 
 
 def test_parse_refuses_a_route_that_forwards_names_nobody_gives() -> None:
@@ -940,7 +961,8 @@ route {
 
 
 def test_parse_goes_on_after_an_error_with_what_follows() -> None:
-    errors = texts(BASE + "socks pass { from: 10.0.0.0/99 to: 10.0.0.0/77 log: nothing }", "error")
+    rule = "socks pass { from: 10.0.0.0/99 to: 10.0.0.0/77 log: nothing }"
+    errors = texts(BASE + rule, "error")
     assert [error.split()[0:3] for error in errors] == [
         ["the", "mask", "99"], ["the", "mask", "77"], ['"nothing"', "is", "no"]]  # fmt: skip
 
@@ -975,7 +997,7 @@ def test_parse_survives_garbage(text: str) -> None:
 def test_parse_stops_after_too_many_errors_and_says_so() -> None:
     complaints = parse("foo: bar\n" * 1000)[1]
     assert sum(complaint.level == "error" for complaint in complaints) == sockd.MAX_ERRORS
-    assert "more errors" in complaints[-1].text
+    assert complaints[-1].text == "too many errors: sockd.conf was not read further"
 
 
 def test_parse_keeps_few_of_very_many_warnings() -> None:
@@ -987,14 +1009,15 @@ def test_parse_keeps_few_of_very_many_warnings() -> None:
 def test_parse_never_fails_on_mutated_files() -> None:
     chance = random.Random(1928)
     files = [read(path) for path in sorted(FILES.glob("*/*.conf"))]
-    pieces = [*sockd.KEYWORDS, *"{}:/-#,\\\n\t\0=", "\\\n", "\r\n", "port ", "0/0", "::1/128", "in"]
+    pieces = [*sockd.KEYWORDS, *"{}:/-#,\\\n\t\0=", "\\\n", "\r\n", "port ", "0/0", "::1/128"]
     for _ in range(1500):
         text = chance.choice(files)
         for _ in range(chance.randrange(1, 5)):
             start = chance.randrange(len(text) + 1)
             text = text[:start] + chance.choice(pieces) + text[start + chance.randrange(9) :]
         config, complaints = parse(text)
-        assert (config is None) == any(complaint.level == "error" for complaint in complaints), text
+        levels = {complaint.level for complaint in complaints}
+        assert (config is None) == ("error" in levels), text
         describe(complaints)
 
 
@@ -1020,7 +1043,7 @@ def test_config_holds_nothing_that_can_change(path: Path) -> None:
 
 def test_keywords_store_into_fields_that_exist() -> None:
     records = [sockd.Config, sockd.Rule, sockd.Route, sockd.Monitor]
-    known = {field.name for record in records for field in dataclasses.fields(record)}
+    known = {field for record in records for field in record._fields}
     stored = {field for keyword in sockd.KEYWORDS.values() for field in keyword.fields}
     assert {field.partition(".")[0] for field in stored} - {"gateway"} <= known
 
@@ -1063,6 +1086,18 @@ def test_unsupported_is_an_error_for_each_use(
     (complaint,) = sockd.find_unsupported(config)
     assert (complaint.level, complaint.text) == ("error", text)
     assert complaint.position is not None
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [("", "works"), (sockd.NOT_YET, "not yet"), ("it needs magic", "never here")],
+)
+def test_keyword_tells_its_status(
+    monkeypatch: pytest.MonkeyPatch, reason: str, status: str
+) -> None:
+    monkeypatch.setattr(sockd, "UNSUPPORTED", {"session.": reason} if reason else {})
+    assert sockd.KEYWORDS["session.state.max"].status == status
+    assert sockd.KEYWORDS["debug"].status == "works"
 
 
 def test_unsupported_is_empty_when_all_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,4 +102,5 @@ def test_scanner_counts_joined_lines_as_they_stand_in_the_file() -> None:
 
 def test_scanner_gives_the_line_without_its_end() -> None:
     scanner = sockd.Scanner("one\r\ntwo\nthree", "sockd.conf")
-    assert [scanner.line_text(offset) for offset in (0, 6, 12, 1)] == ["one", "two", "three", "one"]
+    lines = [scanner.line_text(offset) for offset in (0, 6, 12, 1)]
+    assert lines == ["one", "two", "three", "one"]
