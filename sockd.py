@@ -2877,8 +2877,10 @@ class NoLookup:
 NO_LOOKUP = NoLookup()
 EVERYWHERE = RuleAddress("any", "0/0")
 NO_RULE_MATCHED = "no rules matched; using default block rule"
-FINAL_CLIENT_BLOCK = Rule("client", 0, "block", EVERYWHERE, EVERYWHERE)
-FINAL_SOCKS_BLOCK = Rule("socks", 0, "block", EVERYWHERE, EVERYWHERE)
+# Unlike Dante: what the built-in rule refuses is logged, for without a trace nobody finds out why.
+FINAL_LOG = frozenset({"connect", "error"})
+FINAL_CLIENT_BLOCK = Rule("client", 0, "block", EVERYWHERE, EVERYWHERE, log=FINAL_LOG)
+FINAL_SOCKS_BLOCK = Rule("socks", 0, "block", EVERYWHERE, EVERYWHERE, log=FINAL_LOG)
 
 # Which bytes of a SOCKS 5 greeting serve a method, best first (seen in danted).
 METHOD_BYTES = {
@@ -4462,9 +4464,12 @@ def bind_first(external: Endpoint, ports: Sequence[int]) -> socket.socket:
 
 
 def route_source(target: Endpoint) -> Endpoint:
-    """Return the source address that the kernel's routes choose for a target; OSError if there is no route."""
+    """Return the source address that the kernel's routes choose for a target; Refused if there is no route."""
     with socket.socket(FAMILY_OF[target.family], socket.SOCK_DGRAM) as probe:
-        probe.connect(socket_address(target._replace(port=target.port or 9)))
+        try:
+            probe.connect(socket_address(target._replace(port=target.port or 9)))
+        except OSError as error:
+            raise Refused(f"no route to {target}: {error.strerror}", reply_for(error)) from None
         return endpoint_of(probe.getsockname(), probe.family)._replace(port=0)
 
 
@@ -5026,7 +5031,7 @@ class UdpEvents(Protocol):
 
     def log_dropped(self, packet: Packet, reason: str) -> None: ...
 
-    def notice_control(self, length: int) -> None: ...
+    def notice_control(self, data: bytes) -> None: ...
 
 
 class Packet(NamedTuple):
@@ -5037,6 +5042,14 @@ class Packet(NamedTuple):
     relay: Endpoint
     external: Endpoint | None
     target: Endpoint | None
+
+
+def fragment_target(datagram: bytes) -> Endpoint | None:
+    """Return where a fragment, which is not relayed, was to go; None if not even that can be read."""
+    try:
+        return decode_udp(datagram[:2] + b"\0" + datagram[3:])[0]
+    except ProtocolError:
+        return None
 
 
 class UdpPath:
@@ -5135,7 +5148,7 @@ class UdpRelay:
         except OSError as error:
             return f"local client error ({error.strerror})"
         if data:
-            self.events.notice_control(len(data))
+            self.events.notice_control(data)
             return ""
         if self.events.stopping():
             return ENDED_BY_US
@@ -5159,7 +5172,9 @@ class UdpRelay:
         try:
             target, header = decode_udp(data)
             self._relay_out(target, data, header)
-        except (ProtocolError, Refused) as error:
+        except ProtocolError as error:
+            self.events.log_dropped(self._packet(fragment_target(data)), str(error))
+        except Refused as error:
             self.events.log_dropped(self._packet(target), str(error))
         except OSError as error:
             length = len(data) - header
@@ -5200,11 +5215,11 @@ class UdpRelay:
             return
         address = decision.addresses[0]
         path = self._path_for(address)
+        path.client_sent_bytes += len(data)
+        path.client_sent_packets += 1
         path.connection.sendto(payload, socket_address(address))
         path.sent_bytes += len(payload)
         path.sent_packets += 1
-        path.client_sent_bytes += len(data)
-        path.client_sent_packets += 1
         self.events.log_datagram(decision, self._packet(address), payload)
 
     def _path_for(self, target: Endpoint) -> UdpPath:
@@ -5300,7 +5315,11 @@ class SessionLookup:
         return found, f"{fault} for IPv{families} address" if fault == NAME_UNKNOWN and len(families) == 1 else fault
 
     def addresses(self, name: str) -> tuple[Endpoint, ...]:
-        return decode_endpoints(self.ask(Favour.RESOLVE, name, b"46")[1:])
+        answer = self.ask(Favour.RESOLVE, name, b"46")
+        if answer[0]:
+            text = f'could not resolve "{escape_text(name)}", which a rule names: {answer[0].decode()}'
+            self.serving.log.write("warning", text)
+        return decode_endpoints(answer[1:])
 
     def names(self, address: Endpoint) -> tuple[str, ...]:
         return tuple(n.decode("latin-1") for n in self.ask(Favour.REVERSE, f"{address.family} {address.host}")[1:])
@@ -5380,7 +5399,6 @@ class SessionLog:
 
     def request_blocked(self, rule: Rule, event: str, target: str, reason: str) -> None:
         """Record a request that the socks-rules forbid."""
-        # As Dante: the built-in final rule has no `log`, so it shows at accept level only.
         if not LOGS_A_BLOCK.isdisjoint(rule.log):
             rest = f"{self.side} -> {UNSPECIFIED} {target}"
             self.write("block", rule, event, "]", f"{rest}: {reason}" if reason else rest)
@@ -5469,7 +5487,7 @@ class Session:
         self.client_rule = self.record.client_rule = decision.rule
         self.identity = identity
         self.record.identify(identity)
-        reason = self.find_admission_fault(decision) if decision.verdict == "pass" else ""
+        reason = self.find_admission_fault(decision) if decision.verdict == "pass" else decision.reason
         if decision.verdict == "block" or reason:
             self.record.blocked_at_accept(reason)
             return False
@@ -5556,10 +5574,10 @@ class Session:
         request = self.read(decode_request4, deadline)
         if choose_method(self.client_rule.socksmethods, (0,)) == NO_ACCEPTABLE_METHOD:
             self.stream.send(encode_reply4(False, request.target), deadline)
-            wanted = ", ".join(self.client_rule.socksmethods) or "nothing that is configured"
+            wanted = ", ".join(self.client_rule.socksmethods)
             raise ProtocolError(
-                f'client-rule #{self.client_rule.number} requires SOCKS authentication to be "{wanted}", '
-                "but SOCKS v4 has none"
+                f"client-rule #{self.client_rule.number} requires SOCKS authentication to use for matching clients "
+                f'to be "{wanted}", but connected client is using SOCKS v4, which does not support any authentication'
             )
         return request
 
@@ -5757,10 +5775,10 @@ class ConnectRequest:
         target, session = self.target, self.session
         if target.port == 0:
             raise Refused(f"unbound port ({describe_endpoint(target)}) in request", Reply.ADDRESS_TYPE_NOT_SUPPORTED)
-        if target.host in IP_ANY and target.family:
-            raise Refused(f"unbound ipaddress ({target}) in request", Reply.ADDRESS_TYPE_NOT_SUPPORTED)
         if target.family:
             check_family(session.config, target, session.lookup)
+            if target.host in IP_ANY:
+                raise Refused(f"unbound ipaddress ({target}) in request", Reply.ADDRESS_TYPE_NOT_SUPPORTED)
             return (target,)
         check_host_name(target.host)
         found, fault = session.lookup.resolve(target.host)
@@ -6052,6 +6070,9 @@ class BindRequest:
         self.end = run_relay(session, records, client_side, peer_side)
 
 
+MOST_SHOWN_BYTES = 80  # of what a client says where it should be silent
+
+
 class UdpRequest:
     """UDP ASSOCIATE (RFC 1928 section 7).  It is the UdpEvents of its relay."""
 
@@ -6060,6 +6081,7 @@ class UdpRequest:
         self.request = request
         self.rule = FINAL_SOCKS_BLOCK
         self.event = "udp/udpassociate"
+        self.final_block_logged = False
 
     def run(self) -> None:
         session, target = self.session, self.request.target
@@ -6126,8 +6148,8 @@ class UdpRequest:
 
     def log_end(self, udp: UdpRelay, reason: str) -> None:
         record, end = self.session.record, self.session.record.closing(self.rule, reason)
-        client = udp.client if udp.client_known else UNSPECIFIED
-        near = f"{self.describe_user(client)} {udp.local}"
+        client = self.describe_user(udp.client) if udp.client_known else describe_endpoint(self.request.target)
+        near = f"{client} {udp.local}"
         if end and not udp.paths:
             record.write("pass", self.rule, self.event, "]", f"0/0 -> {near} -> 0/0{end}")
         for path in udp.paths.values() if end else ():
@@ -6180,7 +6202,9 @@ class UdpRequest:
         rule = decision.rule
         event = f"udp/{packet.command}"
         if decision.verdict == "block":
-            if not LOGS_A_BLOCK.isdisjoint(rule.log):
+            # The built-in rule, whose log nobody can switch off, speaks once: a stranger's flood is not to fill it.
+            if not LOGS_A_BLOCK.isdisjoint(rule.log) and (rule.number or not self.final_block_logged):
+                self.final_block_logged = self.final_block_logged or not rule.number
                 self.session.record.write("block", rule, event, "-", self.describe_packet(packet))
         elif rule.log & {"ioop", "data"}:
             payload = f": {escape_bytes(data)}" if data and "data" in rule.log else ""
@@ -6201,9 +6225,9 @@ class UdpRequest:
             return f"{outside[1]} {outside[0]} -> {inside[1]} {inside[0]}"
         return f"{inside[0]} {inside[1]} -> {outside[0]} {outside[1]}"
 
-    def notice_control(self, length: int) -> None:
-        client = self.session.client
-        text = f"{describe_count(length, 'unexpected byte')} over control connection from client {client}"
+    def notice_control(self, data: bytes) -> None:
+        client, count = self.session.client, describe_count(len(data), "unexpected byte")
+        text = f"{count} over control connection from client {client}: {escape_bytes(data[:MOST_SHOWN_BYTES])}"
         self.session.serving.log.write("notice", text)
 
 
