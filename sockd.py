@@ -5978,9 +5978,11 @@ class BindRequest:
         try:
             while True:
                 self.wait_for_peer(listener, deadline)
+                if session.stopping:
+                    raise PeerGone(ENDED_BY_US)
                 try:
                     connection, address = listener.accept()
-                except OSError:
+                except (BlockingIOError, ConnectionAbortedError):
                     continue  # it has gone already
                 peer = endpoint_of(address, connection.family)
                 decision = self.judge_peer(rule, peer, bound)
@@ -6297,11 +6299,12 @@ class Worker:
         for descriptor in self.listeners:
             self.poller.register(descriptor, select.POLLIN)
         while not (self.draining and not self.sessions):
-            for descriptor, _ in self.poller.poll(200 if self.draining else None):
-                if descriptor != self.control.fileno():
+            ready = dict(self.poller.poll(200 if self.draining else None))
+            if self.control.fileno() in ready and not self.obey():
+                return self.stop()
+            for descriptor in ready:
+                if descriptor in self.listeners:  # an order may have closed it
                     self.accept(self.listeners[descriptor])
-                elif not self.obey():
-                    return self.stop()
         return 0
 
     def obey(self) -> bool:
@@ -7019,13 +7022,13 @@ class Mother:
         self.generation += 1
         self.due = []
         self.announce_listeners(e for e in listeners if e not in old_listeners)
+        for endpoint, listener in old_listeners.items():
+            if endpoint not in listeners:
+                listener.close()  # before the fork: who inherits it would keep it open
         self.spawn_children()
         for child in old_children:
             self.order(child, Order.LOGS)
             self.order(child, Order.DRAIN)
-        for endpoint, listener in old_listeners.items():
-            if endpoint not in listeners:
-                listener.close()
 
     def on_usr1(self, _: int) -> None:
         """Log the state of the server."""
@@ -7227,18 +7230,11 @@ def parse_number_option(letter: str, text: str, low: int) -> int:
 
 
 def parse_options(program: str, arguments: Sequence[str]) -> tuple[Options, frozenset[str]]:
-    """Return the options and which of -V and -v are among them; getopt.GetoptError, ConfigError.
-
-    -L and -h act at once and end the program, as in danted.
-    """
-    pairs, rest = getopt.getopt(list(arguments), "DLN:Vd:f:hnp:v", ["chroot="])
+    """Return the options and which of -V and -v are among them; getopt.GetoptError, ConfigError."""
+    pairs, rest = getopt.getopt(list(arguments), SHORT_OPTIONS, LONG_OPTIONS)
     values: dict[str, object] = {"program": program}
     modes = set()
     for name, value in pairs:
-        if name in ("-L", "-h"):
-            text = f"{COPYRIGHT}\n\n{LICENSE_TEXT}" if name == "-L" else f"{COPYRIGHT}\n{describe_usage(program)}"
-            sys.stdout.write(text)
-            sys.exit(0)
         if name in ("-V", "-v"):
             modes.add(name)
         values |= OPTION_VALUES[name](value)
@@ -7247,12 +7243,28 @@ def parse_options(program: str, arguments: Sequence[str]) -> tuple[Options, froz
     return Options(**values), frozenset(modes)  # type: ignore[arg-type]
 
 
+def find_text_option(arguments: Sequence[str]) -> str:
+    """Return -L or -h if one stands before the first mistake: as danted's, they act when they are met."""
+    for end in range(1, len(arguments) + 1):
+        try:
+            names = [name for name, _ in getopt.getopt(list(arguments[:end]), SHORT_OPTIONS, LONG_OPTIONS)[0]]
+        except getopt.GetoptError:
+            continue  # perhaps only the option's argument is still missing
+        found = [name for name in names if name in ("-L", "-h")]
+        if found:
+            return found[0]
+    return ""
+
+
+SHORT_OPTIONS, LONG_OPTIONS = "DLN:Vd:f:hnp:v", ("chroot=",)
 OPTION_VALUES: dict[str, Callable[[str], dict[str, object]]] = {
     "-D": lambda _: {"daemon": True},
+    "-L": lambda _: {},
     "-N": lambda text: {"servers": parse_number_option("N", text, 1)},
     "-V": lambda _: {},
     "-d": lambda text: {"debug": parse_number_option("d", text, 0)},
     "-f": lambda text: {"config_file": text},
+    "-h": lambda _: {},
     "-n": lambda _: {"keepalive": False},
     "-p": lambda text: {"pidfile": text},
     "-v": lambda _: {},
@@ -7289,9 +7301,24 @@ def serve(options: Options, config: Config) -> int:
     return mother.run()
 
 
+def open_standard_descriptors() -> None:
+    """Put /dev/null where the caller has closed a standard descriptor: nothing of ours may take its number."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        os.set_inheritable(descriptor, True)
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+
+
 def main() -> int:
     """Run the command line; return the exit status."""
     program = os.path.basename(sys.argv[0]).removesuffix(".py") or "sockd"
+    open_standard_descriptors()
+    text_option = find_text_option(sys.argv[1:])
+    if text_option:
+        text = LICENSE_TEXT if text_option == "-L" else describe_usage(program)
+        sys.stdout.write(f"{COPYRIGHT}\n{text}")
+        return 0
     try:
         options, modes = parse_options(program, sys.argv[1:])
     except getopt.GetoptError as error:

@@ -38,6 +38,7 @@ class Case:
     script: tuple[Any, ...] = field(repr=False)
     source: str = field(default="127.77.", repr=False)
     unlike: tuple[Unlike, ...] = field(default=(), repr=False)
+    in_order: bool = field(default=True, repr=False)
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,14 @@ class Group:
 
 
 def case(
-    name: str, *script: Any, source: str = "127.77.", unlike: tuple[Unlike, ...] = ()
+    name: str,
+    *script: Any,
+    source: str = "127.77.",
+    unlike: tuple[Unlike, ...] = (),
+    in_order: bool = True,
 ) -> Case:
     """Give a case with its script as arguments."""
-    return Case(name, script, source, unlike)
+    return Case(name, script, source, unlike, in_order)
 
 
 @dataclass
@@ -148,7 +153,9 @@ def add_log_lines(outcome: Outcome, talks: list[tuple[str, Talk]], server: Serve
 
 def is_about_service(record: Record) -> bool:
     """Tell whether a record that names no client came while clients were served."""
-    return not re.search(r" running$|^listening on |exiting on signal|shutting down", record.message)
+    return not re.search(
+        r" running$|^listening on |exiting on signal|shutting down", record.message
+    )
 
 
 def expect(danted: list[str], differences: tuple[Unlike, ...]) -> list[str]:
