@@ -26,7 +26,7 @@ StartPeer = Callable[..., Any]
 BLOCKED_TARGET, BLOCKED_SENDER = "127.0.0.66", "127.0.0.6"
 UDP_RULES = (
     rule("socks block", f"from: 0/0 to: {BLOCKED_TARGET}/32", "command: udpassociate", "log: connect")
-    + rule("socks block", "from: 0/0 to: .example.test", "command: udpassociate", "log: connect")
+    + rule("socks block", "from: 0/0 to: .two.test", "command: udpassociate", "log: connect")
     + rule("socks block", f"from: {BLOCKED_SENDER}/32 to: 0/0", "command: udpreply", "log: connect")
     + SOCKS_PASS
 )
@@ -345,17 +345,17 @@ def test_port_that_nobody_listens_on_ends_nothing(server: Server, peer: StartPee
 
 
 def test_each_datagram_is_judged_by_its_target(server: Server, peer: StartPeer) -> None:
-    blocked, named, target = peer("udp-echo", BLOCKED_TARGET), peer("udp-echo"), peer("udp-echo")
+    blocked, named, target = peer("udp-echo", BLOCKED_TARGET), peer("udp-echo", "127.0.0.2"), peer("udp-echo")
     with associate(server) as association:
         for _ in range(2):
             association.send(BLOCKED_TARGET, blocked.port, b"no")
             association.send(b"127.0.0.66", blocked.port, b"no")
             association.send(b"0x7f000042", blocked.port, b"no")
             association.send("::ffff:127.0.0.66", blocked.port, b"no")
-            association.send("www.example.test", named.port, b"no")
+            association.send("two.test", named.port, b"no")
             association.exchange(target, b"yes")
         wait_for_record(server, "block(1): udp/udpassociate -:", f" {BLOCKED_TARGET}.{blocked.port}")
-        wait_for_record(server, "block(2): udp/udpassociate -:", f" www.example.test.{named.port}")
+        wait_for_record(server, "block(2): udp/udpassociate -:", f" two.test.{named.port}")
     assert not blocked.seen
     assert not named.seen
 
