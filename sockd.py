@@ -4417,6 +4417,17 @@ def send_all(connection: socket.socket, data: bytes, deadline: float) -> None:
             wait_for(connection.fileno(), select.POLLOUT, deadline)
 
 
+def option_value(connection: socket.socket, option: SocketOption) -> int | bytes:
+    """Return what setsockopt(2) wants for an option: an integer, or one of its structures."""
+    if option.level == socket.SOL_SOCKET and option.number == socket.SO_LINGER:
+        return struct.pack("=ii", 1, option.value)
+    if option.level == socket.SOL_SOCKET and option.number in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        return struct.pack("@ll", option.value, 0)
+    if option.mask:
+        return option.value | connection.getsockopt(option.level, option.number) & ~option.mask
+    return option.value
+
+
 def set_options(connection: socket.socket, options: Iterable[SocketOption], side: str) -> list[str]:
     """Set the socket options of one side; return what could not be set, in words."""
     failures = []
@@ -4424,10 +4435,7 @@ def set_options(connection: socket.socket, options: Iterable[SocketOption], side
         if option.side != side:
             continue
         try:
-            value = option.value
-            if option.mask:
-                value |= connection.getsockopt(option.level, option.number) & ~option.mask
-            connection.setsockopt(option.level, option.number, value)
+            connection.setsockopt(option.level, option.number, option_value(connection, option))
         except OSError as error:
             failures.append(f"could not set {side}.{option.level_name}.{option.name}: {error.strerror}")
     return failures
@@ -5396,8 +5404,9 @@ class SessionLookup:
 class SessionLog:
     """The records of one session, in Dante's spelling.  What a rule's `log` does not name is not written."""
 
-    def __init__(self, log: Log, client: Endpoint, local: Endpoint) -> None:
+    def __init__(self, log: Log, connection: socket.socket, client: Endpoint, local: Endpoint) -> None:
         self.log = log
+        self.connections = [connection]  # the client's, and the target's once there is one: for tcpinfo
         self.client = client
         self.local = local
         self.client_rule = FINAL_CLIENT_BLOCK
@@ -5422,9 +5431,13 @@ class SessionLog:
     def write(self, verdict: str, rule: Rule, event: str, bracket: str, rest: str) -> None:
         self.log.write("info", f"{verdict}({rule.number}): {event} {bracket}: {rest}")
 
+    def tcp_info(self) -> str:
+        """Return the TCP_INFO block of an accept-level record, or ""."""
+        return describe_tcp_info(self.connections) if "tcpinfo" in self.client_rule.log else ""
+
     def accepted(self) -> None:
         if "connect" in self.client_rule.log:
-            self.write("pass", self.client_rule, "tcp/accept", "[", self.accept_side)
+            self.write("pass", self.client_rule, "tcp/accept", "[", self.accept_side + self.tcp_info())
 
     def blocked_at_accept(self, reason: str = "") -> None:
         """Record a block by the client-rule itself."""
@@ -5432,7 +5445,7 @@ class SessionLog:
         wanted = LOGS_AN_ERROR if reason else LOGS_A_BLOCK
         if not wanted.isdisjoint(self.client_rule.log):
             rest = f"{self.accept_side}: {reason}" if reason else self.accept_side
-            self.write("block", self.client_rule, "tcp/accept", "]", rest)
+            self.write("block", self.client_rule, "tcp/accept", "]", rest + self.tcp_info())
 
     def negotiation_failed(self, received: int, reason: str) -> None:
         count, age = describe_count(received, "byte"), describe_count(self.seconds(), "second")
@@ -5469,7 +5482,7 @@ class SessionLog:
         end = self.closing(self.client_rule, reason)
         if end:
             rest = f"{sent} -> {self.accept_side} -> {received}{end}"
-            self.write("pass", self.client_rule, "tcp/accept", "]", rest)
+            self.write("pass", self.client_rule, "tcp/accept", "]", rest + self.tcp_info())
 
 
 class Session:
@@ -5483,7 +5496,7 @@ class Session:
         self.local = local
         self.stream = Stream(connection)
         self.lookup = SessionLookup(serving, client, local)
-        self.record = SessionLog(serving.log, client, local)
+        self.record = SessionLog(serving.log, connection, client, local)
         self.identity = Identity()
         self.client_rule = FINAL_CLIENT_BLOCK
         self.password: bytes | None = None
@@ -5545,6 +5558,7 @@ class Session:
             self.record.blocked_at_accept(reason)
             return False
         self.record.accepted()
+        self.set_own_options(decision.rule)
         return True
 
     def find_admission_fault(self, decision: Decision) -> str:
@@ -5730,6 +5744,11 @@ class Session:
             return None
         return socket.socket(fileno=descriptors[0]) if descriptors else None
 
+    def set_own_options(self, rule: Rule) -> None:
+        """Set a rule's options on the client's connection; the global ones came with the listener."""
+        if rule.socket_options != self.config.socket_options:
+            self.set_options(self.connection, rule, "internal")
+
     def set_options(self, connection: socket.socket, rule: Rule, side: str) -> None:
         """Set a rule's socket options; one that cannot be set is a warning."""
         for failure in set_options(connection, rule.socket_options, side):
@@ -5891,6 +5910,8 @@ class ConnectRequest:
         session = self.session
         source = endpoint_of(connection.getsockname(), connection.family)
         target = endpoint_of(connection.getpeername(), connection.family)
+        session.record.connections.append(connection)
+        session.set_own_options(rule)
         session.reply(Reply.SUCCEEDED, source)
         client_side, target_side = Side(session.connection, "local client"), Side(connection, "remote peer")
         pair = (client_side, target_side)

@@ -324,3 +324,9 @@ def run_all(functions: list[Callable[[], None]]) -> None:
         thread.join()
     if errors:
         raise errors[0]
+
+
+def hash_with(kind: str, password: str, salt: str = "sockdtest") -> str:
+    """Give the crypt(3) hash of a password: "-6" for SHA-512, "-5" for SHA-256."""
+    command = ["openssl", "passwd", kind, "-salt", salt, password]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

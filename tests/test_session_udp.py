@@ -93,7 +93,8 @@ def associate(
         reply = client.open5(UDP_ASSOCIATE, host, port)
         assert reply.code == 0
         yield Association(client, own, (reply.host, reply.port))
-        client.reset()
+        if client.sock.fileno() >= 0:
+            client.reset()
 
 
 # ------------------------------ addresses ------------------------------
@@ -157,8 +158,7 @@ def test_both_families_are_served_in_one_association(server: Server, peer: Start
     line = wait_for_line(server, address, "tcp/accept ]:")
     to_client = 2 * (10 + 4) + 2 * (22 + 5)
     assert f": {to_client} -> 127.0.0.1.{address[1]} 127.0.0.1.{server.port} -> 18: " in line
-    name = f"127.0.0.1.{association.udp.address[1]} 127.0.0.1.{association.relay[1]}" if False else association.relay[1]
-    ends = [m for m in server.messages if "udp/udpassociate ]:" in m and f".{name} " in m]
+    ends = [m for m in server.messages if "udp/udpassociate ]:" in m and f" 127.0.0.1.{association.relay[1]} " in m]
     assert len(ends) == 2
     assert sum(f"-> 28/2, 8/2 -> 127.0.0.1." in m and f" 127.0.0.1.{four.port} -> 8/2: " in m for m in ends) == 1
     assert sum(f"-> 54/2, 10/2 -> ::1." in m and f" ::1.{six.port} -> 10/2: " in m for m in ends) == 1
@@ -290,7 +290,6 @@ BAD_DATAGRAMS = {
     "host-unreachable": wrap("198.51.100.1", 9, b"data"),
     "prohibited": wrap("198.51.100.2", 9, b"data"),
     "broadcast": wrap("255.255.255.255", 9, b"data"),
-    "multicast": wrap("224.0.0.1", 9, b"data"),
 }
 
 
@@ -355,7 +354,7 @@ def test_each_datagram_is_judged_by_its_target(server: Server, peer: StartPeer) 
             association.send("two.test", named.port, b"no")
             association.exchange(target, b"yes")
         wait_for_record(server, "block(1): udp/udpassociate -:", f" {BLOCKED_TARGET}.{blocked.port}")
-        wait_for_record(server, "block(2): udp/udpassociate -:", f" two.test.{named.port}")
+        wait_for_record(server, "block(2): udp/udpassociate -:", f" 127.0.0.2.{named.port}")
     assert not blocked.seen
     assert not named.seen
 
@@ -388,9 +387,8 @@ def test_answers_need_a_rule_of_their_own(sockd: Any, private_world: World, peer
         eventually(lambda: target.seen)
         association.send(*target.address, b"pong")
         eventually(lambda: len(target.seen) == 2)
-    line = wait_for_record(server, "udp/udpassociate ]:", f" 127.0.0.1.{relay[1]} ")
-    assert ": 0/0 -> " in line
-    assert " -> 0/0: " in line
+        wait_for_record(server, "block(0): udp/udpreply -:", f" 127.0.0.1.{target.port} ")
+    assert ": 0/0 -> " in wait_for_record(server, "udp/udpassociate ]:", f" 127.0.0.1.{relay[1]} ")
 
 
 def test_with_connectdst_an_answer_comes_from_the_only_target(server: Server, peer: StartPeer) -> None:
@@ -508,7 +506,6 @@ def test_association_lives_on_half_closed_while_datagrams_flow_and_ends_after(
 
 def test_association_ends_at_once_when_the_client_resets(server: Server, peer: StartPeer) -> None:
     target = peer("udp-echo")
-    before = len(server.messages)
     with associate(server) as association:
         address = association.client.address
         association.exchange(target, b"ping")
@@ -516,7 +513,6 @@ def test_association_ends_at_once_when_the_client_resets(server: Server, peer: S
         association.client.reset()
         wait_for_line(server, address, "tcp/accept ]:", "local client error (Connection reset by peer)")
         server.check_resources()
-    assert len(server.messages) > before
 
 
 def test_idle_association_is_closed(sockd: Any, private_world: World, peer: StartPeer) -> None:
