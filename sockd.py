@@ -2,7 +2,43 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """sockd: a SOCKS 4, 4A and 5 server that runs Dante's sockd.conf.
 
-(The full header is written at the end; this stands in while the parts are built.)
+The processes, and what each can do:
+
+    mother            as started      binds, opens logs, forks, acts on signals; reads no client's byte
+      |- warden       user.privileged    checks passwords, binds privileged ports
+      |- resolver     user.unprivileged  asks DNS, the group file, the interfaces
+      '- worker (-N)  user.unprivileged, chroot   one thread for each client
+
+A client's thread goes through Dante's three phases: negotiate (client-rules, SOCKS handshake,
+password), request (socks-rules, connecting, binding) and io (relay).  What needs power or a file
+system it asks of warden or resolver by one message from a closed list; nobody trusts a worker.
+
+A reload (SIGHUP) never changes a configuration in place: new processes take up the new one and
+the old ones finish their sessions.  So nothing here guards a configuration with a lock.
+
+Contents.  Code names only what stands above it; up to 6 nothing touches the world:
+
+    1. Terms             protocol numbers, words of the configuration, errors
+    2. Records           the immutable facts that everything else passes round
+    3. Scanner           configuration text to words with line and column
+    4. Grammar           words to a Config, and all that can be wrong with it
+    5. Rules             facts and rules to a decision
+    6. Wire              bytes to messages and back
+    7. Logging           the one writer of logs, in Dante's formats
+    8. Operating system  what Python's library does not offer
+    9. Sockets           waiting, listening, connecting; errno to SOCKS reply
+    10. Privileges       fork, chroot, identity; asking who has the power
+    11. Authentication   who is this: passwords, PAM, ident
+    12. Relay            bytes and datagrams between two sides
+    13. Session          one client, from accept to its request
+    14. Requests         CONNECT, BIND and UDP ASSOCIATE
+    15. Processes        worker, resolver, warden
+    16. Mother           listeners, children, signals, reload
+    17. Command line     options and exit status
+
+Words: a *client* asks us for a *target*; *internal* is our side towards clients, *external* that
+towards targets; a *rule* gives a *verdict*, pass or block; an *endpoint* is an address with a port.
+Comments that begin with "As Dante:" mark a quirk that is copied, "Unlike Dante:" one that is not.
 """
 
 from __future__ import annotations
@@ -17,8 +53,8 @@ import gc
 import getopt
 import grp
 import importlib
-import pwd
 import os
+import pwd
 import re
 import resource
 import select
@@ -29,8 +65,9 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, Sequence, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 __version__ = "1.0.0"
 
@@ -59,7 +96,9 @@ NO_ACCEPTABLE_METHOD = 0xFF
 # What can be asked of a client before it has said a word (sockd.conf(5), clientmethod).
 CLIENT_METHODS = frozenset({"none", "rfc931", "pam.address", "pam.any"})
 # These tell who the client is; the others only that it may pass.
-NAMING_METHODS = frozenset({"username", "rfc931", "pam.username", "pam.address", "gssapi", "bsdauth", "ldapauth"})
+NAMING_METHODS = frozenset(
+    {"username", "rfc931", "pam.username", "pam.address", "gssapi", "bsdauth", "ldapauth"}
+)
 
 PROXY_PROTOCOLS = ("socks_v4", "socks_v5", "http", "upnp")
 LOG_EVENTS = ("connect", "disconnect", "data", "error", "ioop", "tcpinfo")
@@ -179,7 +218,11 @@ class PortTest(NamedTuple):
     def __str__(self) -> str:
         if self.operator == "any":
             return ""
-        return f" port {self.low}-{self.high}" if self.operator == "range" else f" port {self.operator} {self.low}"
+        return (
+            f" port {self.low}-{self.high}"
+            if self.operator == "range"
+            else f" port {self.operator} {self.low}"
+        )
 
 
 class RuleAddress(NamedTuple):
@@ -435,6 +478,8 @@ class Decision(NamedTuple):
     reason: str = ""
     addresses: tuple[Endpoint, ...] = ()
     method: str = ""
+
+
 # ============================== 3. Scanner ==============================
 # Reads words out of the text of a configuration file and knows where each one stands.
 # It owns blanks, comments, joined lines and line counting, and nothing else: what a word may
@@ -461,9 +506,7 @@ REST_OF_LINE = re.compile(r"[^\r\n]*")
 STRANGE_WORD = re.compile(r"[{}]|[^\x00-\x20\x7f{}]+|[^\n]")
 UNREAD_LINE = re.compile(r"(?:[^\n{}#]+|#[^\n]*)*")
 UNREAD_BLOCK = re.compile(r"\{(?:[^{}#]+|#[^\n]*)*\}?")
-KEYWORD_WITH_COLON = re.compile(
-    r"(?:(?:redirect|bounce)[ \t]+(?:to|from)|[A-Za-z][A-Za-z0-9_.-]*)[ \t]*:"
-)
+KEYWORD_WITH_COLON = re.compile(r"(?:(?:redirect|bounce)[ \t]+(?:to|from)|[A-Za-z][A-Za-z0-9_.-]*)[ \t]*:")
 KEYWORD_IN_LINE = re.compile(r"(?<![^ \t{}])([A-Za-z][A-Za-z0-9_.-]*)(?: +to| +from)?[ \t]*:")
 NUMBER = re.compile(r"0x[0-9A-Fa-f]+|0[0-7]*|[1-9][0-9]*")
 
@@ -687,11 +730,7 @@ class Draft:
     def group(self, name: str) -> dict[str, Any]:
         """Select the values that belong to the record in field `name`."""
         start = name + "."
-        return {
-            key.removeprefix(start): value
-            for key, value in self.values.items()
-            if key.startswith(start)
-        }
+        return {key.removeprefix(start): value for key, value in self.values.items() if key.startswith(start)}
 
     def plain(self) -> dict[str, Any]:
         return {key: value for key, value in self.values.items() if "." not in key}
@@ -700,9 +739,7 @@ class Draft:
 class Parser:
     """The state of one parse: what is left of the text, what was found, what was wrong."""
 
-    def __init__(
-        self, scanner: Scanner, surroundings: Surroundings, keywords: frozenset[str]
-    ) -> None:
+    def __init__(self, scanner: Scanner, surroundings: Surroundings, keywords: frozenset[str]) -> None:
         self.scanner = scanner
         self.surroundings = surroundings
         self.keywords = keywords
@@ -830,9 +867,7 @@ def setting_follows(parser: Parser, pattern: re.Pattern[str]) -> bool:
     """Tell whether the next word is a keyword with its colon, and so ends a list of values."""
     word = parser.scanner.look(KEYWORD_WITH_COLON)
     # A file name may hold a colon: there only a known keyword counts.
-    return word is not None and (
-        pattern is not FILE_WORD or word.text.rstrip(" \t:") in parser.keywords
-    )
+    return word is not None and (pattern is not FILE_WORD or word.text.rstrip(" \t:") in parser.keywords)
 
 
 def warn_of_comma(parser: Parser, comma: Token) -> None:
@@ -864,8 +899,7 @@ def complain_of_value(parser: Parser, keyword: Token, word: Token, known: Iterab
     parser.draft.broken.add(parser.draft.last)
     known = list(known)
     parser.error(
-        f'"{shorten(word.text)}" is no value for "{keyword.text}": '
-        f"it must be {describe_words(known)}",
+        f'"{shorten(word.text)}" is no value for "{keyword.text}": it must be {describe_words(known)}',
         word,
         find_similar(word.text, known),
     )
@@ -896,8 +930,7 @@ def one_of(*words: str) -> Reader:
         found = word or parser.scanner.next_token()
         if word is None or word.text not in words:
             raise Mistake(
-                f'expected {describe_words(words)} after "{keyword.text}", '
-                f"not {describe_token(found)}",
+                f'expected {describe_words(words)} after "{keyword.text}", not {describe_token(found)}',
                 found,
                 find_similar(found.text, words),
             )
@@ -925,9 +958,7 @@ def read_throttle(parser: Parser, keyword: Token) -> tuple[int, int]:
 
 def check_order(low: int, high: int, last: Token) -> None:
     if high < low:
-        raise Mistake(
-            f"the last port ({high}) is below the first ({low})", last, f"write {high}-{low}"
-        )
+        raise Mistake(f"the last port ({high}) is below the first ({low})", last, f"write {high}-{low}")
 
 
 def read_port_range(parser: Parser, keyword: Token) -> tuple[int, int]:
@@ -1001,9 +1032,7 @@ def read_directory(parser: Parser, keyword: Token) -> str:
     return word.text
 
 
-FACILITIES = frozenset(
-    {"auth", "authpriv", "daemon", "user", *(f"local{digit}" for digit in range(8))}
-)
+FACILITIES = frozenset({"auth", "authpriv", "daemon", "user", *(f"local{digit}" for digit in range(8))})
 
 
 def check_log_output(parser: Parser, word: Token) -> bool:
@@ -1096,9 +1125,7 @@ def check_name(parser: Parser, token: Token) -> None:
     if len(token.text) < 2 or not HOST_NAME.fullmatch(token.text):
         if token.text.startswith("*."):
             hint = f"{token.text[1:]} stands for every name in that domain"
-        raise Mistake(
-            f"{describe_token(token)} is no address, host name, domain or interface", token, hint
-        )
+        raise Mistake(f"{describe_token(token)} is no address, host name, domain or interface", token, hint)
     if LIKE_IPV4.fullmatch(token.text) or hint:
         hint = hint or "an IPv4 address has four numbers, each from 0 to 255"
         parser.warn(f'"{token.text}" is no IP address: it is taken as a host name', token, hint)
@@ -1301,9 +1328,7 @@ def read_gateway(parser: Parser, keyword: Token) -> tuple[str, Endpoint | None]:
         parser.use_value("via", parser.scanner.take(ADDRESS_WORD) or keyword)
         return "broadcast", None
     if word and parser.surroundings.interface_addresses(text) is not None:
-        raise Mistake(
-            f'"{shorten(text)}" is an interface: the gateway must be an address or a name', word
-        )
+        raise Mistake(f'"{shorten(text)}" is an interface: the gateway must be an address or a name', word)
     return text, read_endpoint(parser, keyword)
 
 
@@ -1323,9 +1348,7 @@ def find_addresses(parser: Parser, token: Token) -> tuple[Endpoint, ...]:
     check_name(parser, token)
     addresses = parser.surroundings.resolve(token.text)
     if not addresses:
-        raise Mistake(
-            f'"{token.text}" is no address, no interface here, and no name that resolves', token
-        )
+        raise Mistake(f'"{token.text}" is no address, no interface here, and no name that resolves', token)
     return addresses
 
 
@@ -1351,6 +1374,14 @@ def read_internal(parser: Parser, keyword: Token) -> tuple[Endpoint, ...]:
     )
 
 
+def routes_choose(parser: Parser) -> bool:
+    """Tell whether the kernel's routes choose the external address.
+
+    Unlike Dante: a wildcard then stands for every address of the machine.
+    """
+    return bool(parser.settings.values.get("external_rotation") == "route")
+
+
 def read_external(parser: Parser, keyword: Token) -> tuple[External, ...]:
     token = take_address(parser, keyword)
     refuse_mask(parser, keyword)
@@ -1361,9 +1392,11 @@ def read_external(parser: Parser, keyword: Token) -> tuple[External, ...]:
     position = parser.scanner.place(token.offset)
     if parser.surroundings.interface_addresses(token.text):
         return (External(token.text, None, position),)
-    if addresses[0].host in ("0.0.0.0", "::"):
+    if addresses[0].host in ("0.0.0.0", "::") and not routes_choose(parser):
         raise Mistake(
-            "the external address cannot be a wildcard", token, "name an address or an interface"
+            "the external address cannot be a wildcard",
+            token,
+            'name an address or an interface, or write "external.rotation: route" above this line',
         )
     return tuple(
         External(token.text, address, position)
@@ -1388,9 +1421,7 @@ def read_families(parser: Parser, keyword: Token) -> tuple[str, ...]:
 # ---- methods
 
 
-def complain_of_method(
-    parser: Parser, keyword: Token, word: Token, known: tuple[str, ...]
-) -> None:
+def complain_of_method(parser: Parser, keyword: Token, word: Token, known: tuple[str, ...]) -> None:
     if word.text not in METHODS and word.text != "pam":
         return complain_of_value(parser, keyword, word, known)
     parser.draft.broken.add(parser.draft.last)
@@ -1402,9 +1433,7 @@ def complain_of_method(
     return None
 
 
-def parse_methods(
-    parser: Parser, keyword: Token, name: str, known: tuple[str, ...]
-) -> tuple[str, ...]:
+def parse_methods(parser: Parser, keyword: Token, name: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """Read a list of methods in the order of preference."""
     methods: list[str] = []
     before = parser.draft.values.get(name + "s", ()) if parser.draft is not parser.settings else ()
@@ -1440,8 +1469,23 @@ def read_route_methods(parser: Parser, keyword: Token) -> tuple[str, ...]:
 
 # hosts_options(5)
 LIBWRAP_OPTIONS = frozenset(
-    "aclexec allow banners deny group keepalive linger nice rfc931 setenv severity "
-    "spawn twist umask user".split()
+    [
+        "aclexec",
+        "allow",
+        "banners",
+        "deny",
+        "group",
+        "keepalive",
+        "linger",
+        "nice",
+        "rfc931",
+        "setenv",
+        "severity",
+        "spawn",
+        "twist",
+        "umask",
+        "user",
+    ]
 )
 
 
@@ -1527,7 +1571,7 @@ def find_side_and_level(keyword: Token) -> tuple[str, str]:
 def is_error_symbol(symbol: str) -> bool:
     if symbol in ("no-route", "dns-any", "system-any"):
         return True
-    return hasattr(errno, symbol) or symbol.startswith("EAI_") and hasattr(socket, symbol)
+    return hasattr(errno, symbol) or (symbol.startswith("EAI_") and hasattr(socket, symbol))
 
 
 def read_error_log(parser: Parser, keyword: Token) -> tuple[ErrorLog, ...]:
@@ -1681,10 +1725,26 @@ OPTIONS = {
 }  # fmt: skip
 # Known, but the server's own business or of no use here; ignored with a warning, as Dante.
 IGNORED_OPTIONS = frozenset(
-    "so_error so_reuseaddr so_reuseport so_acceptconn so_type ip_add_membership "
-    "ip_add_source_membership ip_drop_membership ip_drop_source_membership ip_block_source "
-    "ip_unblock_source ip_hdrincl ip_multicast_if ip_multicast_loop ip_multicast_ttl "
-    "ip_options ip_recvtos ip_recvttl".split()
+    [
+        "so_error",
+        "so_reuseaddr",
+        "so_reuseport",
+        "so_acceptconn",
+        "so_type",
+        "ip_add_membership",
+        "ip_add_source_membership",
+        "ip_drop_membership",
+        "ip_drop_source_membership",
+        "ip_block_source",
+        "ip_unblock_source",
+        "ip_hdrincl",
+        "ip_multicast_if",
+        "ip_multicast_loop",
+        "ip_multicast_ttl",
+        "ip_options",
+        "ip_recvtos",
+        "ip_recvttl",
+    ]
 )
 
 
@@ -1693,9 +1753,7 @@ def check_option_side(parser: Parser, keyword: Token) -> None:
     if keyword.text.startswith("internal."):
         return
     if parser.draft.context in ("client", "hostid"):
-        raise Mistake(
-            "a client-rule has no external side yet", keyword, "set it in the socks-rule instead"
-        )
+        raise Mistake("a client-rule has no external side yet", keyword, "set it in the socks-rule instead")
     if parser.draft.verdict == "block":
         raise Mistake("a rule that blocks never uses the external side", keyword, "leave it out")
 
@@ -1742,9 +1800,7 @@ def read_option(parser: Parser, keyword: Token) -> tuple[SocketOption, ...]:
         parser.warn(f'socket option "{name}" is not for the user to set: it is ignored', keyword)
         return ()
     if name not in OPTIONS:
-        raise Mistake(
-            f'unknown socket option "{shorten(name)}"', keyword, find_similar(name, OPTIONS)
-        )
+        raise Mistake(f'unknown socket option "{shorten(name)}"', keyword, find_similar(name, OPTIONS))
     option = OPTIONS[name]
     value = parse_option_value(parser, keyword, option) << option.shift
     if level_name not in option.levels:
@@ -1935,14 +1991,53 @@ RULE_KEYWORDS = (
 )  # fmt: skip
 
 # The authorisation and authentication keywords of Dante's LDAP support.
-LDAP_NAMES = (
-    "basedn basedn.hex basedn.hex.all port port.ssl url certfile certpath domain debug mdepth "
-    "ssl auto.off certcheck keeprealm filter filter.ad filter.hex filter.ad.hex attribute "
-    "attribute.ad attribute.hex attribute.ad.hex server group group.hex group.hex.all keytab "
-    "auth.basedn auth.basedn.hex auth.basedn.hex.all auth.port auth.port.ssl auth.url "
-    "auth.certfile auth.certpath auth.domain auth.debug auth.ssl auth.auto.off auth.certcheck "
-    "auth.keeprealm auth.filter auth.server auth.keytab"
-).split()
+LDAP_NAMES = [
+    "basedn",
+    "basedn.hex",
+    "basedn.hex.all",
+    "port",
+    "port.ssl",
+    "url",
+    "certfile",
+    "certpath",
+    "domain",
+    "debug",
+    "mdepth",
+    "ssl",
+    "auto.off",
+    "certcheck",
+    "keeprealm",
+    "filter",
+    "filter.ad",
+    "filter.hex",
+    "filter.ad.hex",
+    "attribute",
+    "attribute.ad",
+    "attribute.hex",
+    "attribute.ad.hex",
+    "server",
+    "group",
+    "group.hex",
+    "group.hex.all",
+    "keytab",
+    "auth.basedn",
+    "auth.basedn.hex",
+    "auth.basedn.hex.all",
+    "auth.port",
+    "auth.port.ssl",
+    "auth.url",
+    "auth.certfile",
+    "auth.certpath",
+    "auth.domain",
+    "auth.debug",
+    "auth.ssl",
+    "auth.auto.off",
+    "auth.certcheck",
+    "auth.keeprealm",
+    "auth.filter",
+    "auth.server",
+    "auth.keytab",
+]
 LDAP_KEYWORDS = tuple(
     Keyword(f"ldap.{name}", IN_SOCKS, "lookup of users in LDAP", read_rest) for name in LDAP_NAMES
 )
@@ -2077,11 +2172,7 @@ def describe_unknown(word: Token, context: str) -> tuple[str, Token, str]:
 def describe_misplaced(word: Token, keyword: Keyword, context: str) -> tuple[str, Token, str]:
     text = f'"{word.text}" cannot stand {CONTEXT_NAMES[context]}'
     # Wherever a hostid-rule takes a keyword, so does a client-rule.
-    places = [
-        CONTEXT_NAMES[name]
-        for name in CONTEXT_NAMES
-        if name in keyword.contexts and name != "hostid"
-    ]
+    places = [CONTEXT_NAMES[name] for name in CONTEXT_NAMES if name in keyword.contexts and name != "hostid"]
     return text, word, f"it must stand {describe_words(places)}"
 
 
@@ -2174,9 +2265,7 @@ def parse_setting(parser: Parser, word: Token) -> None:
 
 # ---- rules, routes and monitors
 
-OBJECT_HEAD = re.compile(
-    r"(?:(?:client|socks|hostid)[ \t]+(?:pass|block)|pass|block|route|monitor)\s*\{"
-)
+OBJECT_HEAD = re.compile(r"(?:(?:client|socks|hostid)[ \t]+(?:pass|block)|pass|block|route|monitor)\s*\{")
 
 
 def take_object_name(parser: Parser, word: Token) -> str:
@@ -2348,9 +2437,7 @@ def check_methods_are_global(
             )
 
 
-def check_none_is_last(
-    parser: Parser, keyword: str, token: Token, methods: tuple[str, ...]
-) -> None:
+def check_none_is_last(parser: Parser, keyword: str, token: Token, methods: tuple[str, ...]) -> None:
     after = methods[methods.index("none") + 1 :] if "none" in methods else ()
     if after:
         parser.warn(
@@ -2384,9 +2471,7 @@ def suits(method: str, values: dict[str, Any], commands: frozenset[str]) -> bool
     return True
 
 
-def fill_socks_methods(
-    parser: Parser, draft: Draft, commands: frozenset[str]
-) -> tuple[str, ...]:
+def fill_socks_methods(parser: Parser, draft: Draft, commands: frozenset[str]) -> tuple[str, ...]:
     known = parser.settings.values.get("socksmethods", ())
     methods = draft.values.get("socksmethods")
     if methods is not None:
@@ -2445,9 +2530,7 @@ def check_reply_methods(parser: Parser, draft: Draft, rule: Rule) -> None:
     for method in rule.socksmethods:
         for command in sorted(rule.commands):
             if method not in REPLY_METHODS[command]:
-                parser.error(
-                    f'method "{method}" cannot be used for {command}', draft.places["socksmethod"]
-                )
+                parser.error(f'method "{method}" cannot be used for {command}', draft.places["socksmethod"])
                 return
 
 
@@ -2534,9 +2617,7 @@ def finish_rule(parser: Parser, draft: Draft, number: int) -> Rule:
     return rule
 
 
-def check_alarms(
-    parser: Parser, draft: Draft, alarms: tuple[tuple[Alarm, Token], ...]
-) -> None:
+def check_alarms(parser: Parser, draft: Draft, alarms: tuple[tuple[Alarm, Token], ...]) -> None:
     """Warn of a monitor without alarms; refuse an alarm below one that covers all of its kind."""
     if not alarms:
         parser.warn("this monitor has no alarm, so it does nothing", draft.head)
@@ -2547,7 +2628,7 @@ def check_alarms(
                 f'"{covered[alarm.kind].text}" covers all {alarm.kind} alarms: none can follow it',
                 token,
             )
-        if len(alarm.directions) == 2 or alarm.kind == "disconnect" and len(alarm.sides) == 2:
+        if len(alarm.directions) == 2 or (alarm.kind == "disconnect" and len(alarm.sides) == 2):
             covered.setdefault(alarm.kind, token)
 
 
@@ -2567,9 +2648,7 @@ def finish_monitor(parser: Parser, draft: Draft, number: int) -> Monitor:
 
 def check_route_addresses(parser: Parser, draft: Draft, is_direct: bool) -> None:
     if draft.values["source"].kind == "interface":
-        parser.error(
-            "a route cannot be from an interface", draft.places["from"], "write its network"
-        )
+        parser.error("a route cannot be from an interface", draft.places["from"], "write its network")
     if is_direct and "proxyprotocol" in draft.places:
         parser.error("a direct route has no proxyprotocol", draft.places["proxyprotocol"])
 
@@ -2590,9 +2669,7 @@ def check_forwarded_password(parser: Parser, draft: Draft, protocols: frozenset[
             'add "username" to the global "socksmethod"',
         )
         return
-    parser.complain(
-        "notice", "this route hands the user names and passwords of clients to the proxy", token
-    )
+    parser.complain("notice", "this route hands the user names and passwords of clients to the proxy", token)
 
 
 def check_proxy(parser: Parser, draft: Draft, route: Route) -> None:
@@ -2605,9 +2682,7 @@ def check_proxy(parser: Parser, draft: Draft, route: Route) -> None:
             "write one route for each",
         )
     if ("upnp" in protocols) != (route.via == "broadcast"):
-        parser.error(
-            "upnp goes with a gateway found by broadcast, and with no other", draft.places["via"]
-        )
+        parser.error("upnp goes with a gateway found by broadcast, and with no other", draft.places["via"])
     if route.commands != {"connect"}:
         parser.error(
             "a proxy is only asked to connect",
@@ -2635,9 +2710,7 @@ def finish_route(parser: Parser, draft: Draft, number: int) -> Route:
     values["redirect"] = finish_redirect(draft)
     values["gssapi"] = Gssapi(**draft.group("gssapi"))
     values["socket_options"] = fill_options(parser, draft)
-    route = Route(
-        number, via=gateway, via_endpoint=endpoint, position=draft.position, **values
-    )
+    route = Route(number, via=gateway, via_endpoint=endpoint, position=draft.position, **values)
     if not is_direct:
         check_proxy(parser, draft, route)
     return route
@@ -3189,6 +3262,8 @@ def only_password_method(config: Config) -> str:
     (method,) = methods
     services = {r.pam_servicename for r in config.socks_rules if method in r.socksmethods}
     return "" if method == "pam.username" and len(services) > 1 else method
+
+
 # ============================== 6. Wire ==============================
 # Bytes to messages and back: RFC 1928, RFC 1929, SOCKS 4 and 4A, and how bytes and names are
 # spelled in a log line.  A decoder returns the message and how many bytes it took, or None when
@@ -3606,17 +3681,45 @@ def encode_udp_header(source: Endpoint) -> bytes:
 # The formats are Dante's, byte for byte, because log parsers and fail2ban read them.
 
 LEVEL_WORDS = {
-    "emergency": 0, "alert": 1, "critical": 2, "error": 3,
-    "warning": 4, "notice": 5, "info": 6, "debug": 7,
+    "emergency": 0,
+    "alert": 1,
+    "critical": 2,
+    "error": 3,
+    "warning": 4,
+    "notice": 5,
+    "info": 6,
+    "debug": 7,
 }  # fmt: skip  (word in the line -> syslog severity, RFC 5424 section 6.2.1)
 SYSLOG_FACILITIES = {
-    "auth": 4, "authpriv": 10, "daemon": 3, "user": 1, "local0": 16, "local1": 17, "local2": 18,
-    "local3": 19, "local4": 20, "local5": 21, "local6": 22, "local7": 23,
+    "auth": 4,
+    "authpriv": 10,
+    "daemon": 3,
+    "user": 1,
+    "local0": 16,
+    "local1": 17,
+    "local2": 18,
+    "local3": 19,
+    "local4": 20,
+    "local5": 21,
+    "local6": 22,
+    "local7": 23,
 }  # fmt: skip  (those that danted knows; numbers from RFC 5424)
 SYSLOG_SOCKET = "/dev/log"
 SYSLOG_TIMEOUT_SECONDS = 1.0  # a stuck syslogd loses lines rather than sessions
 LOG_FILE_MODE = 0o640  # As Dante.
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+def open_syslog() -> socket.socket:
+    """Return a socket connected to the local syslog daemon."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.settimeout(SYSLOG_TIMEOUT_SECONDS)
+        connection.connect(SYSLOG_SOCKET)
+    except OSError:
+        connection.close()
+        raise
+    return connection
 
 
 class LogTarget:
@@ -3644,7 +3747,10 @@ class LogTarget:
         target = cls.__new__(cls)
         kind, _, facility = name.partition("/")
         target.name, target.descriptor, target.facility, target.syslog = name, descriptor, -1, None
-        if kind == "syslog":
+        if name in ("stdout", "stderr"):
+            os.close(descriptor)  # every process has its own
+            target.descriptor = 1 if name == "stdout" else 2
+        elif kind == "syslog":
             target.facility = SYSLOG_FACILITIES[facility or "daemon"]
             target.syslog = socket.socket(fileno=descriptor)
             target.syslog.settimeout(SYSLOG_TIMEOUT_SECONDS)
@@ -3666,18 +3772,6 @@ class LogTarget:
             self.syslog.send(f"{head}: {text}\n".encode("utf-8", "backslashreplace"))
         except OSError:
             pass
-
-
-def open_syslog() -> socket.socket:
-    """Return a socket connected to the local syslog daemon."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-    try:
-        connection.settimeout(SYSLOG_TIMEOUT_SECONDS)
-        connection.connect(SYSLOG_SOCKET)
-    except OSError:
-        connection.close()
-        raise
-    return connection
 
 
 class Log:
@@ -3711,6 +3805,14 @@ class Log:
         self.error_targets = self._open_all(errorlog, failures)
         for target in old:
             target.close()
+        if failures and not self.targets:
+            self.targets = (LogTarget("stderr"),)  # for these lines only
+            self._tell(failures)
+            self.targets = ()
+        else:
+            self._tell(failures)
+
+    def _tell(self, failures: Iterable[str]) -> None:
         for failure in failures:
             self.write("warning", failure)
 
@@ -3833,7 +3935,7 @@ IfAddrs._fields_ = [
 ]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load_library(name: str) -> ctypes.CDLL:
     """Return a system library; OSError where it is missing.  "" is the C library itself.
 
@@ -3857,7 +3959,8 @@ def prctl(option: int, value: int) -> None:
 def release_memory() -> None:
     """Give the memory that is free inside this process back to the system (malloc_trim(3), glibc only).
 
-    Compiling this file and parsing the configuration leave several megabytes, which every child would inherit.
+    Compiling this file and parsing the configuration leave several megabytes, which every child
+    would inherit.
     """
     trim = getattr(load_library(""), "malloc_trim", None)
     if trim is not None:
@@ -3949,8 +4052,18 @@ def crypt(password: bytes, setting: bytes) -> bytes:
 
 
 TCP_STATES = (
-    "", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT",
-    "CLOSE", "CLOSE_WAIT", "LAST_ACK", "LISTEN", "CLOSING",
+    "",
+    "ESTABLISHED",
+    "SYN_SENT",
+    "SYN_RECV",
+    "FIN_WAIT1",
+    "FIN_WAIT2",
+    "TIME_WAIT",
+    "CLOSE",
+    "CLOSE_WAIT",
+    "LAST_ACK",
+    "LISTEN",
+    "CLOSING",
 )  # fmt: skip  (linux/tcp_states.h)
 TCP_CA_STATES = ("Open", "Disorder", "CWR", "Recovery", "Loss")  # linux/tcp.h
 TCP_OPTIONS = ((1, "TS"), (2, "SACK"), (4, "Wscale"), (8, "ECN"))
@@ -3965,7 +4078,10 @@ TCP_INFO_WORDS = (
 
 
 def read_tcp_info(connection: socket.socket) -> list[tuple[str, str]]:
-    """Return (member, value) of a connection's TCP_INFO (tcp(7)), spelled and ordered as Dante prints them."""
+    """Return (member, value) of a connection's TCP_INFO (tcp(7)).
+
+    Spelled and ordered as Dante prints them.
+    """
     data = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_FORMAT.size)
     state, ca_state, retransmits, probes, backoff, options, scales, _, *words = TCP_INFO_FORMAT.unpack(data)
     names = ", ".join(name for bit, name in TCP_OPTIONS if options & bit)
@@ -4028,7 +4144,416 @@ class SystemSurroundings:
         return frozenset(range(os.cpu_count() or 1))
 
 
-# ============================== 9. Privileges ==============================
+# ============================== 9. Sockets ==============================
+# Waiting, reading whole messages, listening, connecting; and the one table from errno to
+# SOCKS reply.  Every wait ends at a deadline, a point of time.monotonic().
+
+NO_DEADLINE = float("inf")
+READ_BYTES = 4096  # one handshake message; the longest is a SOCKS 4A request of 1,290 bytes
+MAX_HANDSHAKE_BYTES = 65536  # handshake plus data sent early; more waits in the kernel (back-pressure)
+LISTEN_BACKLOG = 4096  # the kernel's own default for net.core.somaxconn
+HAPPY_EYEBALLS_SECONDS = 0.25  # RFC 8305 section 5: Connection Attempt Delay
+IP_ANY = frozenset({"0.0.0.0", "::"})
+
+REPLY_OF_ERRNO = {
+    errno.ENETUNREACH: Reply.NETWORK_UNREACHABLE,
+    errno.ENETDOWN: Reply.NETWORK_UNREACHABLE,
+    errno.EHOSTUNREACH: Reply.HOST_UNREACHABLE,
+    errno.EHOSTDOWN: Reply.HOST_UNREACHABLE,
+    errno.ECONNREFUSED: Reply.CONNECTION_REFUSED,
+    errno.ECONNRESET: Reply.CONNECTION_REFUSED,
+    errno.ETIMEDOUT: Reply.TTL_EXPIRED,
+}
+
+
+def reply_for(error: OSError) -> Reply:
+    """Return what a client is told of a failure of the network."""
+    return REPLY_OF_ERRNO.get(error.errno or 0, Reply.FAILURE)
+
+
+def deadline_after(seconds: float) -> float:
+    """Return the deadline so many seconds from now; 0 seconds mean never, as in sockd.conf."""
+    return time.monotonic() + seconds if seconds else NO_DEADLINE
+
+
+def poll_milliseconds(deadline: float) -> int | None:
+    """Return the time to a deadline for poll(2), rounded up so that it has passed when poll returns."""
+    if deadline == NO_DEADLINE:
+        return None
+    return max(0, min(int((deadline - time.monotonic()) * 1000) + 1, 0x7FFFFFFF))
+
+
+def wait_for(descriptor: int, events: int, deadline: float) -> int:
+    """Wait for poll events on one descriptor; DeadlinePassed if none comes."""
+    poller = select.poll()
+    poller.register(descriptor, events)
+    while True:
+        ready = poller.poll(poll_milliseconds(deadline))
+        if ready:
+            return ready[0][1]
+        if time.monotonic() >= deadline:
+            raise DeadlinePassed("deadline passed")
+
+
+def endpoint_of(address: tuple, family: int) -> Endpoint:  # type: ignore[type-arg]  # what socket gives
+    """Return a socket address of the socket module as an Endpoint; a mapped IPv4 address as IPv4."""
+    host, port = address[0], address[1]
+    if family == socket.AF_INET:
+        return Endpoint(host, port, 4)
+    if host.startswith("::ffff:") and "." in host:
+        return Endpoint(host[7:], port, 4)
+    return Endpoint(host, port, 6)
+
+
+def socket_address(endpoint: Endpoint) -> tuple:  # type: ignore[type-arg]
+    """Return an Endpoint as the socket module wants it, with no name look-up to come."""
+    if endpoint.family == 4:
+        return endpoint.host, endpoint.port
+    host, _, scope = endpoint.host.partition("%")
+    return host, endpoint.port, 0, socket.if_nametoindex(scope) if scope else 0
+
+
+def send_all(connection: socket.socket, data: bytes, deadline: float) -> None:
+    """Send data on a non-blocking socket before a deadline."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[connection.send(view) :]
+        except BlockingIOError:
+            wait_for(connection.fileno(), select.POLLOUT, deadline)
+
+
+class Stream:
+    """A client's connection during the handshake: reads whole messages and keeps what is behind them.
+
+    Owned by its session's thread.  `pending` holds bytes read and not yet used; `received` counts all.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.pending = bytearray()
+        self.received = 0
+
+    def read_message(self, decode: Callable[[bytearray], tuple[T, int] | None], deadline: float) -> T:
+        """Return the next message that `decode` recognizes, in however many pieces it comes.
+
+        PeerGone at the end of the stream, DeadlinePassed, ProtocolError from `decode`, or OSError.
+        """
+        while True:
+            found = decode(self.pending) if self.pending else None
+            if found is not None:
+                del self.pending[: found[1]]
+                return found[0]
+            self.read_more(deadline)
+
+    def read_more(self, deadline: float) -> None:
+        """Add what the client has sent to `pending`."""
+        wait_for(self.connection.fileno(), select.POLLIN, deadline)
+        data = self.connection.recv(READ_BYTES)
+        if not data:
+            raise PeerGone("eof from local client")
+        self.received += len(data)
+        self.pending += data
+
+    def send(self, data: bytes, deadline: float) -> None:
+        """Send all of a handshake message."""
+        send_all(self.connection, data, deadline)
+
+
+def option_value(connection: socket.socket, option: SocketOption) -> int | bytes:
+    """Return what setsockopt(2) wants for an option: an integer, or one of its structures."""
+    if option.level == socket.SOL_SOCKET and option.number == socket.SO_LINGER:
+        return struct.pack("=ii", 1, option.value)
+    if option.level == socket.SOL_SOCKET and option.number in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        return struct.pack("@ll", option.value, 0)
+    if option.mask:
+        return option.value | connection.getsockopt(option.level, option.number) & ~option.mask
+    return option.value
+
+
+def set_options(connection: socket.socket, options: Iterable[SocketOption], side: str) -> list[str]:
+    """Set the socket options of one side; return what could not be set, in words."""
+    failures = []
+    for option in options:
+        if option.side != side:
+            continue
+        try:
+            connection.setsockopt(option.level, option.number, option_value(connection, option))
+        except OSError as error:
+            failures.append(f"could not set {side}.{option.level_name}.{option.name}: {error.strerror}")
+    return failures
+
+
+def listen_on(endpoint: Endpoint, keepalive: bool) -> socket.socket:
+    """Return a non-blocking listening socket; OSError if the address cannot be had.
+
+    Accepted sockets inherit TCP_NODELAY and SO_KEEPALIVE, which saves two calls for each connection.
+    """
+    listener = socket.socket(FAMILY_OF[endpoint.family], socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if endpoint.family == 6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(keepalive))
+        listener.bind(socket_address(endpoint))
+        listener.listen(LISTEN_BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def check_bindable(endpoint: Endpoint) -> None:
+    """OSError unless an address is one of this machine's; opens no port (IP_BIND_ADDRESS_NO_PORT)."""
+    with socket.socket(FAMILY_OF[endpoint.family], socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        probe.bind(socket_address(endpoint))
+
+
+def bind_external(outgoing: socket.socket, external: Endpoint, client: Endpoint) -> None:
+    """Bind a socket to an outgoing address, on the client's unprivileged port if that can be had."""
+    if client.port >= 1024 and client.host != external.host:
+        try:
+            outgoing.bind(socket_address(external._replace(port=client.port)))
+            return
+        except OSError:
+            pass  # taken: any other port will do
+    if outgoing.type == socket.SOCK_STREAM:
+        # The port is then chosen at connect(2), by the whole four-tuple: many more fit.
+        outgoing.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+    outgoing.bind(socket_address(external._replace(port=0)))
+
+
+def open_external(
+    external: Endpoint,
+    client: Endpoint,
+    kind: socket.SocketKind,
+    bind_privileged: Callable[[Endpoint, str], socket.socket | None],
+) -> socket.socket:
+    """Return a non-blocking socket bound to an outgoing address, on the client's own port if that can be had.
+
+    As Dante: a client's source port is kept where it is free, a privileged one only with
+    compatibility: sameport, which is what `bind_privileged` asks for.
+    """
+    if 0 < client.port < 1024:
+        bound = bind_privileged(
+            external._replace(port=client.port), "tcp" if kind == socket.SOCK_STREAM else "udp"
+        )
+        if bound is not None:
+            bound.setblocking(False)
+            return bound
+    outgoing = socket.socket(FAMILY_OF[external.family], kind)
+    try:
+        outgoing.setblocking(False)
+        bind_external(outgoing, external, client)
+        return outgoing
+    except BaseException:
+        outgoing.close()
+        raise
+
+
+def bind_first(external: Endpoint, ports: Sequence[int]) -> socket.socket:
+    """Return a stream socket on the first of the ports that can be had; OSError from the last."""
+    listener = socket.socket(FAMILY_OF[external.family], socket.SOCK_STREAM)
+    try:
+        for port in ports[:-1]:
+            try:
+                listener.bind(socket_address(external._replace(port=port)))
+                return listener
+            except OSError:
+                continue  # taken
+        listener.bind(socket_address(external._replace(port=ports[-1])))
+        return listener
+    except OSError:
+        listener.close()
+        raise
+
+
+def route_source(target: Endpoint) -> Endpoint:
+    """Return the source address that the kernel's routes choose for a target.
+
+    Refused if there is no route.
+    """
+    try:
+        with socket.socket(FAMILY_OF[target.family], socket.SOCK_DGRAM) as probe:
+            probe.connect(socket_address(target._replace(port=target.port or 9)))
+            return endpoint_of(probe.getsockname(), probe.family)._replace(port=0)
+    except OSError as error:
+        raise Refused(f"no route to {target}: {error.strerror}", reply_for(error)) from None
+
+
+# Addresses for documentation (RFC 5737, RFC 3849): what leads to them is the default route.
+ELSEWHERE = {4: Endpoint("192.0.2.1", 9, 4), 6: Endpoint("2001:db8::1", 9, 6)}
+
+
+def choose_by_route(externals: tuple[Endpoint, ...], family: int, target: Endpoint) -> tuple[Endpoint, ...]:
+    """Return the external address that the kernel would leave by, or none; a wildcard stands for them all.
+
+    For a target that is not known yet (BIND for anybody) it is the first address, or for a wildcard that of
+    the default route.  Refused if there is no route.
+    """
+    wildcard = any(external.host in IP_ANY for external in externals)
+    known = target.family != 0 and target.host not in IP_ANY
+    if not known and not wildcard:
+        return externals
+    source = route_source(target if known else ELSEWHERE[family])
+    return (source,) if wildcard else tuple(e for e in externals if e.host == source.host)
+
+
+def choose_external(
+    config: Config, family: int, internal: Endpoint, target: Endpoint, lookup: Lookup
+) -> Endpoint:
+    """Return the outgoing address for a session (sockd.conf(5), external.rotation).
+
+    Refused where the configuration has none that fits.
+    """
+    externals = external_endpoints(config, family, lookup)
+    if config.external_rotation == "same-same":
+        externals = tuple(e for e in externals if e.host == internal.host)
+    elif config.external_rotation == "route":
+        externals = choose_by_route(externals, family, target)
+    if not externals:
+        raise Refused(
+            f"no external IPv{family} address fits for {target} (external, external.rotation)",
+            Reply.NETWORK_UNREACHABLE,
+        )
+    return externals[0]
+
+
+class ConnectFailed(SockdError):
+    """A connection to a target could not be made.
+
+    `at_once` tells a refusal by our own kernel from an answer of the network: Dante logs the
+    two differently.  `source` is the address that we would have left by.
+    """
+
+    def __init__(self, error: OSError, source: Endpoint, target: Endpoint, at_once: bool) -> None:
+        super().__init__(f"connect(2) to {target} from {source} failed: {error.strerror}")
+        self.error = error
+        self.source = source
+        self.target = target
+        self.at_once = at_once
+
+
+class ConnectTimeout(DeadlinePassed):
+    """No target answered within timeout.connect."""
+
+    def __init__(self, source: Endpoint, target: Endpoint) -> None:
+        super().__init__("connect timeout")
+        self.source = source
+        self.target = target
+
+
+class Attempt(NamedTuple):
+    """A connect(2) under way."""
+
+    connection: socket.socket
+    target: Endpoint
+
+
+def start_attempt(target: Endpoint, open_for: Callable[[Endpoint], socket.socket]) -> Attempt:
+    """Begin to connect; `open_for(target)` gives the bound socket.  ConnectFailed at once, or Refused."""
+    connection = open_for(target)
+    try:
+        try:
+            connection.connect(socket_address(target))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            source = endpoint_of(connection.getsockname(), connection.family)
+            raise ConnectFailed(error, source, target, at_once=True) from None
+        return Attempt(connection, target)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def finish_attempt(attempt: Attempt) -> None:
+    """ConnectFailed unless the attempt, which poll says is over, has succeeded."""
+    number = attempt.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number:
+        source = endpoint_of(attempt.connection.getsockname(), attempt.connection.family)
+        raise ConnectFailed(OSError(number, os.strerror(number)), source, attempt.target, at_once=False)
+
+
+class Race:
+    """Connecting to one of several addresses of a target (RFC 8305, without its sorting).
+
+    A new attempt starts when the last one has failed or has had its head start; the first to
+    succeed wins and the others are closed.  Owned by its session's thread, which calls `run` once.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Endpoint],
+        open_for: Callable[[Endpoint], socket.socket],
+        client: int,
+        deadline: float,
+    ) -> None:
+        self.waiting = list(targets)
+        self.open_for = open_for
+        self.client = client  # descriptor: a reset by the client ends the race
+        self.deadline = deadline
+        self.attempts: dict[int, Attempt] = {}
+        self.failure: SockdError | None = None
+        self.poller = select.poll()
+
+    def run(self) -> socket.socket:
+        """Return the connected socket; ConnectFailed, Refused, ConnectTimeout or PeerGone."""
+        self.poller.register(self.client, 0)
+        winner = None
+        try:
+            while winner is None:
+                if self.waiting:
+                    self._start_next()
+                if self.attempts:
+                    winner = self._wait()
+                elif not self.waiting:
+                    assert self.failure is not None
+                    raise self.failure
+            return winner
+        finally:
+            for attempt in self.attempts.values():
+                if attempt.connection is not winner:
+                    attempt.connection.close()
+
+    def _start_next(self) -> None:
+        target = self.waiting.pop(0)
+        try:
+            attempt = start_attempt(target, self.open_for)
+        except (ConnectFailed, Refused) as failure:
+            self.failure = failure
+            return
+        self.attempts[attempt.connection.fileno()] = attempt
+        self.poller.register(attempt.connection.fileno(), select.POLLOUT)
+
+    def _wait(self) -> socket.socket | None:
+        """Wait until an attempt is over or the next may start; return the winner if there is one."""
+        limit = (
+            min(self.deadline, time.monotonic() + HAPPY_EYEBALLS_SECONDS) if self.waiting else self.deadline
+        )
+        events = self.poller.poll(poll_milliseconds(limit))
+        if not events and time.monotonic() >= self.deadline:
+            attempt = next(reversed(self.attempts.values()))
+            source = endpoint_of(attempt.connection.getsockname(), attempt.connection.family)
+            raise ConnectTimeout(source, attempt.target)
+        for descriptor, _ in events:
+            if descriptor == self.client:
+                raise PeerGone("local client closed")
+            attempt = self.attempts.pop(descriptor)
+            self.poller.unregister(descriptor)
+            try:
+                finish_attempt(attempt)
+                return attempt.connection
+            except ConnectFailed as failure:
+                self.failure = failure
+                attempt.connection.close()
+        return None
+
+
+# ============================== 10. Privileges ==============================
 # The only place that forks, changes root or identity; and the way in which a process without
 # power asks one that has it.  The picture:
 #
@@ -4075,6 +4600,21 @@ def find_account(name: str) -> Account:
     return Account(name, entry.pw_uid, entry.pw_gid, tuple(os.getgrouplist(name, entry.pw_gid)))
 
 
+def check_powerless() -> None:
+    """Prove that there is no way back to root."""
+    attempts: tuple[Callable[[], None], ...] = (
+        lambda: os.setresuid(0, 0, 0),
+        lambda: os.setresgid(0, 0, 0),
+        lambda: os.setgroups([0]),
+    )
+    for attempt in attempts:
+        try:
+            attempt()
+        except PermissionError:
+            continue
+        raise PermissionError(errno.EPERM, "privileges came back after they were dropped")
+
+
 def drop_privileges(account: Account | None, root: str, groups: Iterable[int] = ()) -> None:
     """Give up root directory and identity for good; OSError or PermissionError if that fails.
 
@@ -4092,27 +4632,22 @@ def drop_privileges(account: Account | None, root: str, groups: Iterable[int] = 
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
-def check_powerless() -> None:
-    """Prove that there is no way back to root."""
-    for attempt in (lambda: os.setresuid(0, 0, 0), lambda: os.setresgid(0, 0, 0), lambda: os.setgroups([0])):
-        try:
-            attempt()
-        except PermissionError:
-            continue
-        raise PermissionError(errno.EPERM, "privileges came back after they were dropped")
+# What Python imports only when it is first needed, and who needs it.
+LATE_IMPORTS = {
+    "encodings.idna": "getaddrinfo with a host that is text, even a numeric one",
+    "encodings.latin_1": "names of users and hosts",
+    "encodings.punycode": "the idna codec",
+    "stringprep": "the idna codec",
+    "unicodedata": "stringprep",
+    "traceback": "an error that nobody catches in a thread",
+    "linecache": "traceback",
+}
 
 
 def preload() -> None:
-    """Import now what Python would import on first use, when there may be no file system left."""
-    import encodings.idna  # getaddrinfo with a text host, even a numeric one
-    import encodings.latin_1  # str.encode("latin-1") of host names
-    import encodings.punycode  # noqa: F401  the idna codec's own late import
-    import linecache  # traceback
-    import stringprep  # noqa: F401  the idna codec
-    import traceback  # a thread's uncaught error
-    import unicodedata  # noqa: F401  stringprep
-
-    assert traceback and linecache and encodings.idna and encodings.latin_1
+    """Import now what would be imported on first use, when there may be no file system left."""
+    for module in LATE_IMPORTS:
+        importlib.import_module(module)
     time.localtime()  # reads /etc/localtime
     os.strerror(errno.ECONNREFUSED)  # loads the message catalogue where there is one
 
@@ -4203,8 +4738,10 @@ class Channel:
             ours.settimeout(seconds)
             try:
                 data, descriptors, _, _ = socket.recv_fds(ours, MAX_MESSAGE_BYTES, 1)
-            except (TimeoutError, socket.timeout):
-                raise DeadlinePassed(f"no answer to {favour.name.lower()} within {seconds:.0f} seconds") from None
+            except TimeoutError:
+                raise DeadlinePassed(
+                    f"no answer to {favour.name.lower()} within {seconds:.0f} seconds"
+                ) from None
             if not data:
                 raise SockdError(f"the process asked to {favour.name.lower()} has died")
             return decode_message(data)[1], descriptors
@@ -4257,8 +4794,11 @@ CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid (linux/socket
 def receive_question(inbox: socket.socket, granted: frozenset[Favour]) -> Question:
     """Read one question from an inbox that has SO_PASSCRED set; MalformedMessage if it is none."""
     space = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_SPACE(4)
-    data, ancillary, flags, _ = inbox.recvmsg(MAX_MESSAGE_BYTES, space, socket.MSG_CMSG_CLOEXEC)
-    pid, descriptors = 0, []
+    # MSG_DONTWAIT: between poll and here another helper may have taken the question.
+    how = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+    data, ancillary, flags, _ = inbox.recvmsg(MAX_MESSAGE_BYTES, space, how)
+    pid = 0
+    descriptors: list[int] = []
     for level, kind, value in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
             pid = CREDENTIALS.unpack(value)[0]
@@ -4286,7 +4826,10 @@ def make_inbox() -> tuple[socket.socket, socket.socket]:
 
 
 def fork_verifier(body: Callable[[], None]) -> int:
-    """Fork a child that runs a password check and ends, at the latest after VERIFY_SECONDS; return its pid."""
+    """Fork a child that runs a password check and ends, at the latest after VERIFY_SECONDS.
+
+    Return its pid.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -4301,383 +4844,7 @@ def fork_verifier(body: Callable[[], None]) -> int:
         os._exit(status)
 
 
-# ============================== 10. Sockets ==============================
-# Waiting, reading whole messages, listening, connecting; and the one table from errno to
-# SOCKS reply.  Every wait ends at a deadline, a point of time.monotonic().
-
-NO_DEADLINE = float("inf")
-READ_BYTES = 4096  # one handshake message; the longest is a SOCKS 4A request of 1,290 bytes
-MAX_HANDSHAKE_BYTES = 65536  # handshake plus data sent early; more waits in the kernel (back-pressure)
-LISTEN_BACKLOG = 4096  # the kernel's own default for net.core.somaxconn
-HAPPY_EYEBALLS_SECONDS = 0.25  # RFC 8305 section 5: Connection Attempt Delay
-IP_ANY = frozenset({"0.0.0.0", "::"})
-
-REPLY_OF_ERRNO = {
-    errno.ENETUNREACH: Reply.NETWORK_UNREACHABLE,
-    errno.ENETDOWN: Reply.NETWORK_UNREACHABLE,
-    errno.EHOSTUNREACH: Reply.HOST_UNREACHABLE,
-    errno.EHOSTDOWN: Reply.HOST_UNREACHABLE,
-    errno.ECONNREFUSED: Reply.CONNECTION_REFUSED,
-    errno.ECONNRESET: Reply.CONNECTION_REFUSED,
-    errno.ETIMEDOUT: Reply.TTL_EXPIRED,
-}
-
-
-def reply_for(error: OSError) -> Reply:
-    """Return what a client is told of a failure of the network."""
-    return REPLY_OF_ERRNO.get(error.errno or 0, Reply.FAILURE)
-
-
-def deadline_after(seconds: float) -> float:
-    """Return the deadline so many seconds from now; 0 seconds mean never, as in sockd.conf."""
-    return time.monotonic() + seconds if seconds else NO_DEADLINE
-
-
-def poll_milliseconds(deadline: float) -> int | None:
-    """Return the time to a deadline for poll(2), rounded up so that it has passed when poll returns."""
-    if deadline == NO_DEADLINE:
-        return None
-    return max(0, min(int((deadline - time.monotonic()) * 1000) + 1, 0x7FFFFFFF))
-
-
-def wait_for(descriptor: int, events: int, deadline: float) -> int:
-    """Wait for poll events on one descriptor; DeadlinePassed if none comes."""
-    poller = select.poll()
-    poller.register(descriptor, events)
-    while True:
-        ready = poller.poll(poll_milliseconds(deadline))
-        if ready:
-            return ready[0][1]
-        if time.monotonic() >= deadline:
-            raise DeadlinePassed("deadline passed")
-
-
-def endpoint_of(address: tuple, family: int) -> Endpoint:  # type: ignore[type-arg]  # what socket gives
-    """Return a socket address of the socket module as an Endpoint; a mapped IPv4 address as IPv4."""
-    host, port = address[0], address[1]
-    if family == socket.AF_INET:
-        return Endpoint(host, port, 4)
-    if host.startswith("::ffff:") and "." in host:
-        return Endpoint(host[7:], port, 4)
-    return Endpoint(host, port, 6)
-
-
-def socket_address(endpoint: Endpoint) -> tuple:  # type: ignore[type-arg]
-    """Return an Endpoint as the socket module wants it, with no name look-up to come."""
-    if endpoint.family == 4:
-        return endpoint.host, endpoint.port
-    host, _, scope = endpoint.host.partition("%")
-    return host, endpoint.port, 0, socket.if_nametoindex(scope) if scope else 0
-
-
-class Stream:
-    """A client's connection during the handshake: reads whole messages and keeps what is behind them.
-
-    Owned by its session's thread.  `pending` holds bytes read and not yet used; `received` and `sent` count all.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.pending = bytearray()
-        self.received = 0
-
-    def read_message(self, decode: Callable[[bytearray], tuple[T, int] | None], deadline: float) -> T:
-        """Return the next message that `decode` recognizes, in however many pieces it comes.
-
-        PeerGone at the end of the stream, DeadlinePassed, ProtocolError from `decode`, or OSError.
-        """
-        while True:
-            found = decode(self.pending) if self.pending else None
-            if found is not None:
-                del self.pending[: found[1]]
-                return found[0]
-            self.read_more(deadline)
-
-    def read_more(self, deadline: float) -> None:
-        """Add what the client has sent to `pending`."""
-        wait_for(self.connection.fileno(), select.POLLIN, deadline)
-        data = self.connection.recv(READ_BYTES)
-        if not data:
-            raise PeerGone("eof from local client")
-        self.received += len(data)
-        self.pending += data
-
-    def send(self, data: bytes, deadline: float) -> None:
-        """Send all of a handshake message."""
-        send_all(self.connection, data, deadline)
-
-
-def send_all(connection: socket.socket, data: bytes, deadline: float) -> None:
-    """Send data on a non-blocking socket before a deadline."""
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[connection.send(view) :]
-        except BlockingIOError:
-            wait_for(connection.fileno(), select.POLLOUT, deadline)
-
-
-def option_value(connection: socket.socket, option: SocketOption) -> int | bytes:
-    """Return what setsockopt(2) wants for an option: an integer, or one of its structures."""
-    if option.level == socket.SOL_SOCKET and option.number == socket.SO_LINGER:
-        return struct.pack("=ii", 1, option.value)
-    if option.level == socket.SOL_SOCKET and option.number in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-        return struct.pack("@ll", option.value, 0)
-    if option.mask:
-        return option.value | connection.getsockopt(option.level, option.number) & ~option.mask
-    return option.value
-
-
-def set_options(connection: socket.socket, options: Iterable[SocketOption], side: str) -> list[str]:
-    """Set the socket options of one side; return what could not be set, in words."""
-    failures = []
-    for option in options:
-        if option.side != side:
-            continue
-        try:
-            connection.setsockopt(option.level, option.number, option_value(connection, option))
-        except OSError as error:
-            failures.append(f"could not set {side}.{option.level_name}.{option.name}: {error.strerror}")
-    return failures
-
-
-def listen_on(endpoint: Endpoint, keepalive: bool) -> socket.socket:
-    """Return a non-blocking listening socket; OSError if the address cannot be had.
-
-    Accepted sockets inherit TCP_NODELAY and SO_KEEPALIVE, which saves two calls for each connection.
-    """
-    listener = socket.socket(FAMILY_OF[endpoint.family], socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if endpoint.family == 6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(keepalive))
-        listener.bind(socket_address(endpoint))
-        listener.listen(LISTEN_BACKLOG)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def check_bindable(endpoint: Endpoint) -> None:
-    """OSError unless an address is one of this machine's; opens no port (IP_BIND_ADDRESS_NO_PORT)."""
-    with socket.socket(FAMILY_OF[endpoint.family], socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-        probe.bind(socket_address(endpoint))
-
-
-def open_external(
-    external: Endpoint, client: Endpoint, kind: socket.SocketKind, bind_privileged: Callable[[Endpoint, str], socket.socket | None]
-) -> socket.socket:
-    """Return a non-blocking socket bound to an outgoing address, on the client's own port if that can be had.
-
-    As Dante: a client's source port is kept where it is free, a privileged one only with
-    compatibility: sameport, which is what `bind_privileged` asks for.
-    """
-    if 0 < client.port < 1024:
-        bound = bind_privileged(external._replace(port=client.port), "tcp" if kind == socket.SOCK_STREAM else "udp")
-        if bound is not None:
-            bound.setblocking(False)
-            return bound
-    outgoing = socket.socket(FAMILY_OF[external.family], kind)
-    try:
-        outgoing.setblocking(False)
-        bind_external(outgoing, external, client)
-        return outgoing
-    except BaseException:
-        outgoing.close()
-        raise
-
-
-def bind_external(outgoing: socket.socket, external: Endpoint, client: Endpoint) -> None:
-    """Bind a socket to an outgoing address, on the client's unprivileged port if that can be had."""
-    if client.port >= 1024 and client.host != external.host:
-        try:
-            outgoing.bind(socket_address(external._replace(port=client.port)))
-            return
-        except OSError:
-            pass  # taken: any other port will do
-    if outgoing.type == socket.SOCK_STREAM:
-        # The port is then chosen at connect(2), by the whole four-tuple: many more fit.
-        outgoing.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-    outgoing.bind(socket_address(external._replace(port=0)))
-
-
-def bind_first(external: Endpoint, ports: Sequence[int]) -> socket.socket:
-    """Return a stream socket on the first of the ports that can be had; OSError from the last."""
-    listener = socket.socket(FAMILY_OF[external.family], socket.SOCK_STREAM)
-    try:
-        for port in ports[:-1]:
-            try:
-                listener.bind(socket_address(external._replace(port=port)))
-                return listener
-            except OSError:
-                continue  # taken
-        listener.bind(socket_address(external._replace(port=ports[-1])))
-        return listener
-    except OSError:
-        listener.close()
-        raise
-
-
-def route_source(target: Endpoint) -> Endpoint:
-    """Return the source address that the kernel's routes choose for a target; Refused if there is no route."""
-    with socket.socket(FAMILY_OF[target.family], socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(socket_address(target._replace(port=target.port or 9)))
-        except OSError as error:
-            raise Refused(f"no route to {target}: {error.strerror}", reply_for(error)) from None
-        return endpoint_of(probe.getsockname(), probe.family)._replace(port=0)
-
-
-def choose_external(config: Config, family: int, internal: Endpoint, target: Endpoint, lookup: Lookup) -> Endpoint:
-    """Return the outgoing address for a session (sockd.conf(5), external.rotation).
-
-    Refused where the configuration has none that fits.
-    """
-    externals = external_endpoints(config, family, lookup)
-    if config.external_rotation == "same-same":
-        externals = tuple(e for e in externals if e.host == internal.host)
-    elif config.external_rotation == "route" and target.family and target.host not in IP_ANY:
-        source = route_source(target)
-        externals = tuple(e for e in externals if e.host == source.host)
-    if not externals:
-        raise Refused(
-            f"no external IPv{family} address fits for {target} (external, external.rotation)",
-            Reply.NETWORK_UNREACHABLE,
-        )
-    return externals[0]
-
-
-class ConnectFailed(SockdError):
-    """A connection to a target could not be made.
-
-    `at_once` tells a refusal by our own kernel from an answer of the network: Dante logs the
-    two differently.  `source` is the address that we would have left by.
-    """
-
-    def __init__(self, error: OSError, source: Endpoint, target: Endpoint, at_once: bool) -> None:
-        super().__init__(f"connect(2) to {target} from {source} failed: {error.strerror}")
-        self.error = error
-        self.source = source
-        self.target = target
-        self.at_once = at_once
-
-
-class ConnectTimeout(DeadlinePassed):
-    """No target answered within timeout.connect."""
-
-    def __init__(self, source: Endpoint, target: Endpoint) -> None:
-        super().__init__("connect timeout")
-        self.source = source
-        self.target = target
-
-
-class Attempt(NamedTuple):
-    """A connect(2) under way."""
-
-    connection: socket.socket
-    target: Endpoint
-
-
-def start_attempt(target: Endpoint, open_for: Callable[[Endpoint], socket.socket]) -> Attempt:
-    """Begin to connect; `open_for(target)` gives the bound socket.  ConnectFailed at once, or Refused."""
-    connection = open_for(target)
-    try:
-        try:
-            connection.connect(socket_address(target))
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            source = endpoint_of(connection.getsockname(), connection.family)
-            raise ConnectFailed(error, source, target, at_once=True) from None
-        return Attempt(connection, target)
-    except BaseException:
-        connection.close()
-        raise
-
-
-def finish_attempt(attempt: Attempt) -> None:
-    """ConnectFailed unless the attempt, which poll says is over, has succeeded."""
-    number = attempt.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if number:
-        source = endpoint_of(attempt.connection.getsockname(), attempt.connection.family)
-        raise ConnectFailed(OSError(number, os.strerror(number)), source, attempt.target, at_once=False)
-
-
-class Race:
-    """Connecting to one of several addresses of a target (RFC 8305, without its sorting).
-
-    A new attempt starts when the last one has failed or has had its head start; the first to
-    succeed wins and the others are closed.  Owned by its session's thread, which calls `run` once.
-    """
-
-    def __init__(
-        self, targets: Sequence[Endpoint], open_for: Callable[[Endpoint], socket.socket], client: int, deadline: float
-    ) -> None:
-        self.waiting = list(targets)
-        self.open_for = open_for
-        self.client = client  # descriptor: a reset by the client ends the race
-        self.deadline = deadline
-        self.attempts: dict[int, Attempt] = {}
-        self.failure: SockdError | None = None
-        self.poller = select.poll()
-
-    def run(self) -> socket.socket:
-        """Return the connected socket; ConnectFailed, Refused, ConnectTimeout or PeerGone."""
-        self.poller.register(self.client, 0)
-        winner = None
-        try:
-            while winner is None:
-                if self.waiting:
-                    self._start_next()
-                if self.attempts:
-                    winner = self._wait()
-                elif not self.waiting:
-                    assert self.failure is not None
-                    raise self.failure
-            return winner
-        finally:
-            for attempt in self.attempts.values():
-                if attempt.connection is not winner:
-                    attempt.connection.close()
-
-    def _start_next(self) -> None:
-        target = self.waiting.pop(0)
-        try:
-            attempt = start_attempt(target, self.open_for)
-        except (ConnectFailed, Refused) as failure:
-            self.failure = failure
-            return
-        self.attempts[attempt.connection.fileno()] = attempt
-        self.poller.register(attempt.connection.fileno(), select.POLLOUT)
-
-    def _wait(self) -> socket.socket | None:
-        """Wait until an attempt is over or the next may start; return the winner if there is one."""
-        limit = min(self.deadline, time.monotonic() + HAPPY_EYEBALLS_SECONDS) if self.waiting else self.deadline
-        events = self.poller.poll(poll_milliseconds(limit))
-        if not events and time.monotonic() >= self.deadline:
-            attempt = next(reversed(self.attempts.values()))
-            source = endpoint_of(attempt.connection.getsockname(), attempt.connection.family)
-            raise ConnectTimeout(source, attempt.target)
-        for descriptor, _ in events:
-            if descriptor == self.client:
-                raise PeerGone("local client closed")
-            attempt = self.attempts.pop(descriptor)
-            self.poller.unregister(descriptor)
-            try:
-                finish_attempt(attempt)
-                return attempt.connection
-            except ConnectFailed as failure:
-                self.failure = failure
-                attempt.connection.close()
-        return None
-
-
-# ============================== 12. Authentication ==============================
+# ============================== 11. Authentication ==============================
 # Who is this?  The verifying half runs in the warden, which has the power to read the system's
 # accounts; the asking half in a session.  A password lives only until it was checked: the
 # warden verifies in a child process that then ends.
@@ -4700,25 +4867,30 @@ class AccountLine(NamedTuple):
     unusable_day: int | None = None  # the day on which an unchanged password locks the account
 
 
+def parse_account_fields(fields: list[bytes]) -> AccountLine:
+    """Return what stands behind the name of a shadow(5) line."""
+    if len(fields) != 8:
+        return AccountLine(fields[0])
+    changed, maximum, inactive, expires = (
+        int(fields[i]) if fields[i].isdigit() else None for i in (1, 3, 5, 6)
+    )
+    unusable = None
+    if changed is not None and maximum is not None and inactive is not None:
+        unusable = changed + maximum + inactive
+    return AccountLine(fields[0], expires, unusable)
+
+
 def parse_account_lines(data: bytes) -> dict[bytes, AccountLine]:
-    """Return the accounts of a password file (shadow(5), passwd(5) or htpasswd lines); the first of a name counts."""
+    """Return the accounts of a password file: shadow(5), passwd(5) or htpasswd lines.
+
+    The first of a name counts.
+    """
     accounts: dict[bytes, AccountLine] = {}
     for line in data.split(b"\n"):
         user, colon, rest = line.strip().partition(b":")
         if colon and user and not user.startswith(b"#"):
             accounts.setdefault(user, parse_account_fields(rest.split(b":")))
     return accounts
-
-
-def parse_account_fields(fields: list[bytes]) -> AccountLine:
-    """Return what stands behind the name of a shadow(5) line."""
-    if len(fields) != 8:
-        return AccountLine(fields[0])
-    changed, maximum, inactive, expires = (int(fields[i]) if fields[i].isdigit() else None for i in (1, 3, 5, 6))
-    unusable = None
-    if changed is not None and maximum is not None and inactive is not None:
-        unusable = changed + maximum + inactive
-    return AccountLine(fields[0], expires, unusable)
 
 
 def check_password(account: AccountLine | None, setting: bytes, password: bytes, today: int) -> bool:
@@ -4774,15 +4946,6 @@ PAM_LIBRARIES = {"pam": "libpam.so.0", "pam_misc": "libpam_misc.so.0"}
 PAM_USER_BY_ADDRESS = "rhostusr"  # As Dante: PAM_RUSER always, and PAM_USER where there is no name
 
 
-def load_pam() -> ModuleType:
-    """Return python-pam's inner module, set to use the system's libpam; ImportError or OSError without them."""
-    module = importlib.import_module("pam.__internals")
-    # Its own search asks compilers and ldconfig, which small systems do not have.
-    vars(module)["find_library"] = find_pam_library
-    load_library(PAM_LIBRARIES["pam"])
-    return module
-
-
 def find_pam_library(name: str) -> str | None:
     """Return the file of a PAM library, or None where it is missing."""
     try:
@@ -4792,13 +4955,29 @@ def find_pam_library(name: str) -> str | None:
     return PAM_LIBRARIES[name]
 
 
+def load_pam() -> ModuleType:
+    """Return python-pam's inner module, set to use the system's libpam.
+
+    ImportError or OSError without them.
+    """
+    module = importlib.import_module("pam.__internals")
+    # Its own search asks compilers and ldconfig, which small systems do not have.
+    vars(module)["find_library"] = find_pam_library
+    load_library(PAM_LIBRARIES["pam"])
+    return module
+
+
 def verify_pam(service: str, user: bytes, password: bytes, client: str) -> str:
     """Return "" if PAM lets a user in, authentication and account both, else Dante's words for why not.
 
     PAM_RHOST and PAM_RUSER are set as Dante sets them, which python-pam has no call for.
     """
     authenticator = load_pam().PamAuthenticator()
-    start, check_account, failed_call = authenticator.pam_authenticate, authenticator.pam_acct_mgmt, ["authenticate"]
+    start, check_account, failed_call = (
+        authenticator.pam_authenticate,
+        authenticator.pam_acct_mgmt,
+        ["authenticate"],
+    )
 
     def authenticate(handle: object, flags: int) -> int:
         for item, value in ((PAM_RHOST, client), (PAM_RUSER, PAM_USER_BY_ADDRESS)):
@@ -4856,7 +5035,7 @@ def ask_ident(client: Endpoint, local: Endpoint, deadline: float) -> str | None:
         return None
 
 
-# ============================== 13. Relay ==============================
+# ============================== 12. Relay ==============================
 # io: bytes move until both sides have finished.  Half-close is symmetric: a FIN from one side is passed on
 # once everything before it has been, and the other direction goes on.  A reset is passed on as a reset.
 # What one side does not take stays in the kernel of the other: no more than one read is ever held here.
@@ -4880,7 +5059,8 @@ class Waiter(selectors.PollSelector):
 
     def wait(self, deadline: float) -> list[tuple[int, int]]:
         """Return (descriptor, poll events) pairs; none when the deadline has passed."""
-        return self._selector.poll(poll_milliseconds(deadline))  # type: ignore[attr-defined]
+        milliseconds = poll_milliseconds(deadline)
+        return self._selector.poll(milliseconds)  # type: ignore[attr-defined,no-any-return]
 
     def watch(self, descriptor: int, events: int) -> None:
         self._selector.register(descriptor, events)  # type: ignore[attr-defined]
@@ -5029,7 +5209,10 @@ class TcpRelay:
         return "i/o timeout"
 
     def _watch(self) -> None:
-        """Ask poll for what each side can do now: be read while its peer has no backlog, be written while it has one."""
+        """Ask poll for what each side can do now: be written while it has a backlog.
+
+        Be read while its peer has none.
+        """
         for descriptor, side in self.sides.items():
             mask = select.POLLOUT if side.backlog else 0
             if not side.finished and not side.peer.backlog:
@@ -5076,6 +5259,19 @@ class TcpRelay:
         self._watch()
 
 
+class Packet(NamedTuple):
+    """The four addresses of a datagram on its way, in the order of travel.
+
+    External ones None while unknown.
+    """
+
+    command: str  # udpassociate or udpreply
+    client: Endpoint
+    relay: Endpoint
+    external: Endpoint | None
+    target: Endpoint | None
+
+
 class UdpEvents(Protocol):
     """What a UDP association asks of its session: verdicts, addresses, and records."""
 
@@ -5092,16 +5288,6 @@ class UdpEvents(Protocol):
     def log_dropped(self, packet: Packet, reason: str) -> None: ...
 
     def notice_control(self, data: bytes) -> None: ...
-
-
-class Packet(NamedTuple):
-    """The four addresses of a datagram on its way, in the order of travel; external ones None while unknown."""
-
-    command: str  # udpassociate or udpreply
-    client: Endpoint
-    relay: Endpoint
-    external: Endpoint | None
-    target: Endpoint | None
 
 
 def fragment_target(datagram: bytes) -> Endpoint | None:
@@ -5238,7 +5424,9 @@ class UdpRelay:
             self.events.log_dropped(self._packet(target), str(error))
         except OSError as error:
             length = len(data) - header
-            self.events.log_dropped(self._packet(target), f"sendto of {length} bytes failed: {error.strerror}")
+            self.events.log_dropped(
+                self._packet(target), f"sendto of {length} bytes failed: {error.strerror}"
+            )
 
     def _accept_sender(self, sender: Endpoint) -> bool:
         """Tell whether a datagram is this client's; the first one fixes its port.
@@ -5252,7 +5440,9 @@ class UdpRelay:
             self.client_known = True
             return True
         packet = Packet("udpassociate", sender, self.local, None, UNSPECIFIED)
-        self.events.log_dropped(packet, f"expected udp packet from clientaddress {self.client}, got it from {sender}")
+        self.events.log_dropped(
+            packet, f"expected udp packet from clientaddress {self.client}, got it from {sender}"
+        )
         return False
 
     def _remember(self, key: tuple[str, Endpoint], decision: Decision) -> Decision:
@@ -5316,10 +5506,9 @@ class UdpRelay:
         self.events.log_datagram(decision, packet, data)
 
 
-# ============================== 14. Session ==============================
-# One client from accept to close, in its own thread: negotiate (client-rules, method, password,
-# request), request (socks-rules, connecting), io (relay).  SessionLog spells the records,
-# SessionLookup asks the resolver, Session decides and acts.
+# ============================== 13. Session ==============================
+# One client from accept to its request, in a thread of its own.  SessionLog spells the records,
+# SessionLookup asks the resolver, Session admits, negotiates and holds what the requests share.
 
 RESOLVE_SECONDS = 60.0  # when timeout.connect is 0; a resolver with three servers gives up sooner
 PASSWORD_SECONDS = 60.0  # a little more than what the warden grants a check
@@ -5353,12 +5542,17 @@ class SessionLookup:
         self.ident_asked = False
 
     def ask(self, favour: Favour, text: str, *more: bytes) -> list[bytes]:
-        """Return the resolver's answer, first what went wrong ("" for nothing); at most MOST_VERDICTS are kept."""
+        """Return the resolver's answer, first what went wrong ("" for nothing).
+
+        At most MOST_VERDICTS are kept.
+        """
         answer = self.answers.get((favour, text))
         if answer is None:
             seconds = self.serving.config.timeouts.connect or RESOLVE_SECONDS
             try:
-                answer, _ = self.serving.resolver.ask(favour, [text.encode("latin-1", "replace"), *more], seconds)
+                answer, _ = self.serving.resolver.ask(
+                    favour, [text.encode("latin-1", "replace"), *more], seconds
+                )
             except SockdError as error:
                 return [str(error).encode()]
             if len(self.answers) >= MOST_VERDICTS:
@@ -5370,10 +5564,13 @@ class SessionLookup:
         """Return a name's addresses in the families that we can leave by, and what went wrong."""
         families = "".join(map(str, sorted(external_families(self.serving.config, self))))
         answer = self.ask(Favour.RESOLVE, name, families.encode())
-        # A name for "this host" is no target: connect(2) takes 0.0.0.0 for 127.0.0.1, past every rule on that.
+        # A name for "this host" is no target: connect(2) takes 0.0.0.0 for 127.0.0.1, past every
+        # rule about that.
         found = tuple(e for e in decode_endpoints(answer[1:]) if e.host not in IP_ANY)
         fault = answer[0].decode() or ("" if found else NAME_UNKNOWN)
-        return found, f"{fault} for IPv{families} address" if fault == NAME_UNKNOWN and len(families) == 1 else fault
+        return found, f"{fault} for IPv{families} address" if fault == NAME_UNKNOWN and len(
+            families
+        ) == 1 else fault
 
     def addresses(self, name: str) -> tuple[Endpoint, ...]:
         answer = self.ask(Favour.RESOLVE, name, b"46")
@@ -5383,7 +5580,9 @@ class SessionLookup:
         return decode_endpoints(answer[1:])
 
     def names(self, address: Endpoint) -> tuple[str, ...]:
-        return tuple(n.decode("latin-1") for n in self.ask(Favour.REVERSE, f"{address.family} {address.host}")[1:])
+        return tuple(
+            n.decode("latin-1") for n in self.ask(Favour.REVERSE, f"{address.family} {address.host}")[1:]
+        )
 
     def interface(self, name: str) -> tuple[Endpoint, ...]:
         return decode_endpoints(self.ask(Favour.INTERFACE, name)[1:])
@@ -5421,7 +5620,9 @@ class SessionLog:
 
     def identify(self, identity: Identity) -> None:
         """Name the client in the accept-level records."""
-        self.accept_side = f"{describe_client(self.client, identity.clientmethod, identity.user)} {self.local}"
+        self.accept_side = (
+            f"{describe_client(self.client, identity.clientmethod, identity.user)} {self.local}"
+        )
         self.side = self.accept_side
 
     def authenticate(self, method: str, user: str) -> None:
@@ -5451,7 +5652,9 @@ class SessionLog:
         count, age = describe_count(received, "byte"), describe_count(self.seconds(), "second")
         self.blocked_at_accept(f"error after reading {count} in {age}: {reason}")
 
-    def refused_above(self, reason: str, verdict: str = "block", wanted: frozenset[str] = LOGS_A_BLOCK) -> None:
+    def refused_above(
+        self, reason: str, verdict: str = "block", wanted: frozenset[str] = LOGS_A_BLOCK
+    ) -> None:
         """Record at accept level what became of a request at the socks level."""
         self.ended = True
         if not wanted.isdisjoint(self.client_rule.log):
@@ -5485,10 +5688,25 @@ class SessionLog:
             self.write("pass", self.client_rule, "tcp/accept", "]", rest + self.tcp_info())
 
 
+def count_until_wrong(decode: Callable[[bytearray], object], data: bytearray) -> int:
+    """Return how many bytes a decoder needed to see that a message is wrong.  As Dante.
+
+    Which reads no further.
+    """
+    for length in range(1, len(data)):
+        try:
+            decode(data[:length])
+        except ProtocolError:
+            return length
+    return len(data)
+
+
 class Session:
     """One client.  Runs in one thread, which owns everything here but `stopping`."""
 
-    def __init__(self, serving: Serving, connection: socket.socket, client: Endpoint, local: Endpoint) -> None:
+    def __init__(
+        self, serving: Serving, connection: socket.socket, client: Endpoint, local: Endpoint
+    ) -> None:
         self.serving = serving
         self.config = serving.config
         self.connection = connection
@@ -5506,22 +5724,9 @@ class Session:
         self.phase = "negotiating"
         self.stopping = False  # set by the worker when the server ends
         self.describe_io: Callable[[], str] | None = None
-        self.opened: list[socket.socket] = []  # closed, whatever happens, at the end of `run`
+        self.opened: list[socket.socket] = []  # closed, whatever happens, at the end
 
     # --- the phases ---
-
-    def run(self) -> None:
-        """Serve the client until its session has ended, and close everything that was opened for it."""
-        try:
-            if self.admit() and self.negotiate():
-                self.phase = "request"
-                self.perform()
-        except (OSError, DeadlinePassed) as error:
-            self.lose_client(error)
-        finally:
-            for opened in self.opened:
-                opened.close()
-            self.connection.close()
 
     def lose_client(self, error: Exception) -> None:
         """Record that the client went away while it was being answered."""
@@ -5529,8 +5734,14 @@ class Session:
             fault = error.strerror if isinstance(error, OSError) else str(error)
             self.record.closed(0, 0, ENDED_BY_US if self.stopping else f"local client error ({fault})")
 
+    def close(self) -> None:
+        """Close everything that was opened for the client."""
+        for opened in self.opened:
+            opened.close()
+        self.connection.close()
+
     def abort(self) -> None:
-        """Make `run` end soon.  Called by the worker's main thread."""
+        """Make the session end soon.  Called by the worker's main thread."""
         self.stopping = True
         for opened in (self.connection, *self.opened):
             try:
@@ -5612,7 +5823,7 @@ class Session:
             message = self.stream.read_message(decode, deadline)
         except ProtocolError as error:
             version = pending[0]
-            self.used += count_until_wrong(decode, bytes(pending))
+            self.used += count_until_wrong(decode, pending)
             if error.reply is not None and decode is decode_password:
                 self.stream.send(encode_password_status(False), deadline)
             elif error.reply is not None:
@@ -5643,8 +5854,9 @@ class Session:
             self.stream.send(encode_reply4(False, request.target), deadline)
             wanted = ", ".join(self.client_rule.socksmethods)
             raise ProtocolError(
-                f"client-rule #{self.client_rule.number} requires SOCKS authentication to use for matching clients "
-                f'to be "{wanted}", but connected client is using SOCKS v4, which does not support any authentication'
+                f"client-rule #{self.client_rule.number} requires SOCKS authentication to use for "
+                f'matching clients to be "{wanted}", but connected client is using SOCKS v4, '
+                "which does not support any authentication"
             )
         return request
 
@@ -5663,7 +5875,10 @@ class Session:
         return next((r for r in self.config.socks_rules if method in r.socksmethods), self.client_rule)
 
     def verify(self, method: str, rule: Rule) -> str:
-        """Return "" if the client is who it says it is, else why not; asks the warden once for each method."""
+        """Return "" if the client is who it says it is, else why not.
+
+        Asks the warden once for each method.
+        """
         if method in ("none", "", "rfc931"):
             return ""
         key = (method, rule.pam_servicename if method.startswith("pam.") else "")
@@ -5677,16 +5892,6 @@ class Session:
             except SockdError as error:
                 self.verified[key] = f'could not check user "{escape_text(self.identity.user)}": {error}'
         return self.verified[key]
-
-    def perform(self) -> None:
-        """Do what the request asks for."""
-        assert self.request is not None
-        if self.request.command == "connect":
-            ConnectRequest(self, self.request).run()
-        elif self.request.command == "bind":
-            BindRequest(self, self.request).run()
-        else:
-            UdpRequest(self, self.request).run()
 
     # --- what the requests share ---
 
@@ -5709,8 +5914,8 @@ class Session:
 
     def authenticated_by(self, method: str) -> None:
         """Let the records of the request name the client."""
-        user = self.lookup.ident_answer or "" if method == "rfc931" else self.identity.user
-        self.record.authenticate(method, user)
+        user = (self.lookup.ident_answer or "") if method == "rfc931" else self.identity.user
+        self.record.authenticate(method or self.identity.method, user)  # no rule, no method: what it said
 
     def reply(self, reply: Reply, bound: Endpoint) -> None:
         """Answer the request; what cannot be sent within timeout.negotiate ends the session."""
@@ -5755,20 +5960,20 @@ class Session:
             self.serving.log.write("warning", failure)
 
 
-def count_until_wrong(decode: Callable[[bytes], object], data: bytes) -> int:
-    """Return how many bytes a decoder needed to see that a message is wrong.  As Dante, which reads no further."""
-    for length in range(1, len(data)):
-        try:
-            decode(data[:length])
-        except ProtocolError:
-            return length
-    return len(data)
+# ============================== 14. Requests ==============================
+# What a client can ask for: CONNECT, BIND and UDP ASSOCIATE, each a class with the steps that
+# RFC 1928 gives it: judge, open, answer, relay, record the end.
 
 
 class TcpRecords:
-    """Records of one established TCP path: connect, or bindreply seen from the peer.  Owned by its request."""
+    """Records of one established TCP path: connect, or bindreply seen from the peer.
 
-    def __init__(self, session: Session, rule: Rule, event: str, near: str, far: str, sides: tuple[Side, Side]) -> None:
+    Owned by its request.
+    """
+
+    def __init__(
+        self, session: Session, rule: Rule, event: str, near: str, far: str, sides: tuple[Side, Side]
+    ) -> None:
         self.session = session
         self.rule = rule
         self.event = event
@@ -5814,6 +6019,43 @@ class TcpRecords:
             self.write("]", f"{near}, {second.sent} -> {self.far} -> {second.received}{end}")
 
 
+def check_family(config: Config, target: Endpoint, lookup: Lookup) -> None:
+    """Refused unless there is an external address of the target's family."""
+    if target.family not in external_families(config, lookup):
+        raise Refused(
+            f"connect to IPv{target.family} address requested, but no IPv{target.family} address configured "
+            "for our usage on the external interface",
+            Reply.ADDRESS_TYPE_NOT_SUPPORTED,
+        )
+
+
+def run_relay(session: Session, records: TcpRecords, client: Side, target: Side) -> str:
+    """Relay between a client and a target that is connected, with the records of it.
+
+    Return the reason for its end.
+    """
+    session.phase = "io"
+    records.opened()
+    client.peer, target.peer = target, client
+    early = bytes(session.stream.pending)
+    session.stream.pending.clear()
+    observe = records.observer()
+    if early:
+        client.received = len(early)
+        target.backlog = early
+        if observe is not None:
+            observe(client, early)
+    session.describe_io = lambda: f"{records.near} <-> {records.far}: {client.received} <-> {target.received}"
+    relay = TcpRelay(client, target, records.rule.timeouts, observe)
+    reason = relay.run()
+    if session.stopping:
+        reason = ENDED_BY_US
+    records.closed(reason)
+    if records.event == "tcp/connect":
+        session.record.closed(client.sent, target.sent, reason)
+    return reason
+
+
 class ConnectRequest:
     """CONNECT (RFC 1928 section 4): judge, connect, answer, relay."""
 
@@ -5834,7 +6076,9 @@ class ConnectRequest:
         decision = session.decide(session.facts("connect", self.target, addresses))
         session.authenticated_by(decision.method)
         if decision.verdict == "block":
-            session.record.request_blocked(decision.rule, self.event, describe_endpoint(self.target), decision.reason)
+            session.record.request_blocked(
+                decision.rule, self.event, describe_endpoint(self.target), decision.reason
+            )
             session.reply(Reply.NOT_ALLOWED, self.target)
             return
         connection = self.connect(decision)
@@ -5843,10 +6087,15 @@ class ConnectRequest:
             self.relay(decision.rule, connection)
 
     def find_addresses(self) -> tuple[Endpoint, ...]:
-        """Return the addresses of the target, each of which the rules will see; Refused where there are none."""
+        """Return the addresses of the target, each of which the rules will see.
+
+        Refused where there are none.
+        """
         target, session = self.target, self.session
         if target.port == 0:
-            raise Refused(f"unbound port ({describe_endpoint(target)}) in request", Reply.ADDRESS_TYPE_NOT_SUPPORTED)
+            raise Refused(
+                f"unbound port ({describe_endpoint(target)}) in request", Reply.ADDRESS_TYPE_NOT_SUPPORTED
+            )
         if target.family:
             check_family(session.config, target, session.lookup)
             if target.host in IP_ANY:
@@ -5902,7 +6151,8 @@ class ConnectRequest:
         end = record.closing(rule, reason)
         if end:
             path = f"0 -> {record.side} -> 0, 0 -> {source} {target} -> 0{end}"
-            record.write("pass", rule, self.event, "]", path)
+            info = describe_tcp_info(record.connections) if "tcpinfo" in rule.log else ""
+            record.write("pass", rule, self.event, "]", path + info)
         record.closed(0, 0, reason)
 
     def relay(self, rule: Rule, connection: socket.socket) -> None:
@@ -5917,40 +6167,6 @@ class ConnectRequest:
         pair = (client_side, target_side)
         records = TcpRecords(session, rule, self.event, session.record.side, f"{source} {target}", pair)
         run_relay(session, records, client_side, target_side)
-
-
-def run_relay(session: Session, records: TcpRecords, client: Side, target: Side) -> str:
-    """Relay between a client and a target that is connected, with the records of it; return the reason for its end."""
-    session.phase = "io"
-    records.opened()
-    client.peer, target.peer = target, client
-    early = bytes(session.stream.pending)
-    session.stream.pending.clear()
-    observe = records.observer()
-    if early:
-        client.received = len(early)
-        target.backlog = early
-        if observe is not None:
-            observe(client, early)
-    session.describe_io = lambda: f"{records.near} <-> {records.far}: {client.received} <-> {target.received}"
-    relay = TcpRelay(client, target, records.rule.timeouts, observe)
-    reason = relay.run()
-    if session.stopping:
-        reason = ENDED_BY_US
-    records.closed(reason)
-    if records.event == "tcp/connect":
-        session.record.closed(client.sent, target.sent, reason)
-    return reason
-
-
-def check_family(config: Config, target: Endpoint, lookup: Lookup) -> None:
-    """Refused unless there is an external address of the target's family."""
-    if target.family not in external_families(config, lookup):
-        raise Refused(
-            f"connect to IPv{target.family} address requested, but no IPv{target.family} address configured "
-            "for our usage on the external interface",
-            Reply.ADDRESS_TYPE_NOT_SUPPORTED,
-        )
 
 
 BIND_EXTENSION = "255.255.255.255"  # a DST.ADDR that asks for several peers (sockd.conf(5), extension)
@@ -6113,11 +6329,15 @@ class BindRequest:
         if self.expected and peer.host not in self.expected:
             expected = describe_endpoint(self.target._replace(port=0))
             nobody = FINAL_SOCKS_BLOCK._replace(log=rule.log)
-            self.log_stranger(nobody, peer, bound, f"expected bindreply from {expected}, but got it from {peer}")
+            self.log_stranger(
+                nobody, peer, bound, f"expected bindreply from {expected}, but got it from {peer}"
+            )
             return None
         facts = session.facts("bindreply", session.client)._replace(source=peer)
         decision = session.decide(facts)
-        hopeless = not any("bindreply" in r.commands and r.verdict == "pass" for r in session.config.socks_rules)
+        hopeless = not any(
+            "bindreply" in r.commands and r.verdict == "pass" for r in session.config.socks_rules
+        )
         if decision.verdict == "block" and not self.expected and not hopeless:
             self.log_stranger(decision.rule, peer, bound, "")
             return None
@@ -6149,6 +6369,15 @@ class BindRequest:
 MOST_SHOWN_BYTES = 80  # of what a client says where it should be silent
 
 
+def port_candidates(port_range: tuple[int, int] | None) -> Iterable[int]:
+    """Return the ports to try for a UDP relay: a whole turn through udp.portrange, from a random start."""
+    if port_range is None:
+        return (0,)
+    low, high = port_range
+    start = low + int.from_bytes(os.urandom(4), "big") % (high - low + 1)
+    return (*range(start, high + 1), *range(low, start))
+
+
 class UdpRequest:
     """UDP ASSOCIATE (RFC 1928 section 7).  It is the UdpEvents of its relay."""
 
@@ -6164,7 +6393,9 @@ class UdpRequest:
         decision = session.decide(session.facts("udpassociate", None))
         session.authenticated_by(decision.method)
         if decision.verdict == "block":
-            session.record.request_blocked(decision.rule, self.event, describe_endpoint(target), decision.reason)
+            session.record.request_blocked(
+                decision.rule, self.event, describe_endpoint(target), decision.reason
+            )
             session.reply(Reply.NOT_ALLOWED, target)
             return
         self.rule = decision.rule
@@ -6201,7 +6432,7 @@ class UdpRequest:
     def expected_client(self) -> Endpoint:
         """Return who may use the association: the client's host, and the port if the request names it.
 
-        The address in the request is often nonsense (behind NAT, or the target's), and never resolved: only one
+        The address in the request is often nonsense (behind NAT, or the target's), and never resolved: only
         that can be the client's makes its port count.
         """
         host, port, _ = self.request.target
@@ -6213,7 +6444,12 @@ class UdpRequest:
         session = self.session
         session.phase = "io"
         udp = UdpRelay(
-            session.connection, relay, self.expected_client(), self, self.rule.timeouts, session.config.udp_connectdst
+            session.connection,
+            relay,
+            self.expected_client(),
+            self,
+            self.rule.timeouts,
+            session.config.udp_connectdst,
         )
         session.describe_io = lambda: f"udp: {udp.client} {udp.local}: {len(udp.paths)} families"
         try:
@@ -6224,7 +6460,9 @@ class UdpRequest:
 
     def log_end(self, udp: UdpRelay, reason: str) -> None:
         record, end = self.session.record, self.session.record.closing(self.rule, reason)
-        client = self.describe_user(udp.client) if udp.client_known else describe_endpoint(self.request.target)
+        client = (
+            self.describe_user(udp.client) if udp.client_known else describe_endpoint(self.request.target)
+        )
         near = f"{client} {udp.local}"
         if end and not udp.paths:
             record.write("pass", self.rule, self.event, "]", f"0/0 -> {near} -> 0/0{end}")
@@ -6278,7 +6516,8 @@ class UdpRequest:
         rule = decision.rule
         event = f"udp/{packet.command}"
         if decision.verdict == "block":
-            # The built-in rule, whose log nobody can switch off, speaks once: a stranger's flood is not to fill it.
+            # The built-in rule, whose log nobody can switch off, speaks once: a stranger's flood is not
+            # to fill it.
             if not LOGS_A_BLOCK.isdisjoint(rule.log) and (rule.number or not self.final_block_logged):
                 self.final_block_logged = self.final_block_logged or not rule.number
                 self.session.record.write("block", rule, event, "-", self.describe_packet(packet))
@@ -6303,17 +6542,30 @@ class UdpRequest:
 
     def notice_control(self, data: bytes) -> None:
         client, count = self.session.client, describe_count(len(data), "unexpected byte")
-        text = f"{count} over control connection from client {client}: {escape_bytes(data[:MOST_SHOWN_BYTES])}"
+        text = (
+            f"{count} over control connection from client {client}: {escape_bytes(data[:MOST_SHOWN_BYTES])}"
+        )
         self.session.serving.log.write("notice", text)
 
 
-def port_candidates(port_range: tuple[int, int] | None) -> Iterable[int]:
-    """Return the ports to try for a UDP relay: a whole turn through udp.portrange, from a random start."""
-    if port_range is None:
-        return (0,)
-    low, high = port_range
-    start = low + int.from_bytes(os.urandom(4), "big") % (high - low + 1)
-    return (*range(start, high + 1), *range(low, start))
+REQUESTS: dict[str, type[ConnectRequest | BindRequest | UdpRequest]] = {
+    "connect": ConnectRequest,
+    "bind": BindRequest,
+    "udpassociate": UdpRequest,
+}
+
+
+def serve_client(session: Session) -> None:
+    """Serve one client from accept to close: the life of a session."""
+    try:
+        if session.admit() and session.negotiate():
+            assert session.request is not None
+            session.phase = "request"
+            REQUESTS[session.request.command](session, session.request).run()
+    except (OSError, DeadlinePassed) as error:
+        session.lose_client(error)
+    finally:
+        session.close()
 
 
 # ============================== 15. Processes ==============================
@@ -6321,7 +6573,9 @@ def port_candidates(port_range: tuple[int, int] | None) -> Iterable[int]:
 # (passwords, privileged ports).  Each obeys the mother through its control socket and ends when that closes,
 # so no child outlives the mother.
 
-THREAD_STACK_BYTES = 256 * 1024  # getaddrinfo and regular expressions need far less; 32-bit hosts have little room
+THREAD_STACK_BYTES = (
+    256 * 1024
+)  # getaddrinfo and regular expressions need far less; 32-bit hosts have little room
 IDLE_THREAD_SECONDS = 10.0  # a thread without a client waits this long for the next
 STOP_SECONDS = 0.6  # from the order to stop until a worker's sessions have ended and written their records
 ACCEPT_PAUSE_SECONDS = 0.1  # after the system ran out of descriptors, memory or threads
@@ -6347,6 +6601,40 @@ class Handover:
         self.lock = threading.Lock()
         self.lock.acquire()
         self.session: Session | None = None
+
+
+def receive_order(control: socket.socket) -> tuple[int, list[bytes], list[int]] | None:
+    """Read the mother's next order; None when she is gone."""
+    try:
+        data, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, 16)
+    except OSError:
+        return None
+    if not data:
+        return None
+    kind, fields = decode_message(data)
+    return kind, fields, descriptors
+
+
+def describe_age(seconds: float) -> str:
+    """Return an age as Dante's SIGUSR1 records spell it.
+
+    >>> describe_age(90061)
+    '1 day, 1:01:01'
+    """
+    days, rest = divmod(int(seconds), SECONDS_PER_DAY)
+    return f"{describe_count(days, 'day')}, {rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+
+
+def describe_bug(error: BaseException) -> str:
+    """Return an unexpected error with where it was raised, in one line and without any value.
+
+    Not a traceback module's text: that would open source files, and values may be secrets.
+    """
+    places, frame = [], error.__traceback__
+    while frame is not None:
+        places.append(f"{frame.tb_frame.f_code.co_name}:{frame.tb_lineno}")
+        frame = frame.tb_next
+    return f"{type(error).__name__} at {' > '.join(places)}"
 
 
 class Worker:
@@ -6499,45 +6787,13 @@ class Worker:
     def run_session(self, session: Session) -> None:
         """Run one session; an error of ours ends this session and no other."""
         try:
-            session.run()
+            serve_client(session)
         except Exception as error:  # the one place for what nobody expected
-            self.log.write("error", f"internal error in the session of {session.client}: {describe_bug(error)}")
+            self.log.write(
+                "error", f"internal error in the session of {session.client}: {describe_bug(error)}"
+            )
         finally:
             self.sessions.discard(session)
-
-
-def describe_age(seconds: float) -> str:
-    """Return an age as Dante's SIGUSR1 records spell it.
-
-    >>> describe_age(90061)
-    '1 day, 1:01:01'
-    """
-    days, rest = divmod(int(seconds), SECONDS_PER_DAY)
-    return f"{describe_count(days, 'day')}, {rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-
-
-def describe_bug(error: BaseException) -> str:
-    """Return an unexpected error with where it was raised, in one line and without any value.
-
-    Not a traceback module's text: that would open source files, and values may be secrets.
-    """
-    places, frame = [], error.__traceback__
-    while frame is not None:
-        places.append(f"{frame.tb_frame.f_code.co_name}:{frame.tb_lineno}")
-        frame = frame.tb_next
-    return f"{type(error).__name__} at {' > '.join(places)}"
-
-
-def receive_order(control: socket.socket) -> tuple[int, list[bytes], list[int]] | None:
-    """Read the mother's next order; None when she is gone."""
-    try:
-        data, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, 16)
-    except OSError:
-        return None
-    if not data:
-        return None
-    kind, fields = decode_message(data)
-    return kind, fields, descriptors
 
 
 class Helper(Protocol):
@@ -6581,6 +6837,44 @@ def run_helper(serving: Serving, inbox: socket.socket, control: socket.socket, h
                 control.send(encode_message(0, [str(error.pid).encode(), str(error).encode()]))
 
 
+def grant_resolve(fields: list[bytes]) -> list[bytes]:
+    families = [int(digit) for digit in fields[1].decode("ascii") if digit in "46"]
+    return (
+        encode_endpoints(resolve_name(fields[0].decode("latin-1"), families)[: MAX_FIELDS - 1])
+        if families
+        else []
+    )
+
+
+def grant_reverse(fields: list[bytes]) -> list[bytes]:
+    (address,) = decode_endpoints(fields)
+    return [name.encode("latin-1", "replace")[:255] for name in reverse_names(address)[:8]]
+
+
+def grant_interface(fields: list[bytes]) -> list[bytes]:
+    return encode_endpoints(interface_addresses().get(fields[0].decode("latin-1"), ())[:64])
+
+
+def grant_groups(fields: list[bytes]) -> list[bytes]:
+    """Return the names of a user's groups; KeyError if there is no such user."""
+    user = os.fsdecode(fields[0])
+    names = []
+    for number in os.getgrouplist(user, pwd.getpwnam(user).pw_gid):
+        try:
+            names.append(os.fsencode(grp.getgrgid(number).gr_name))
+        except KeyError:
+            continue
+    return names[:64]
+
+
+RESOLVER_FAVOURS = {
+    Favour.RESOLVE: grant_resolve,
+    Favour.REVERSE: grant_reverse,
+    Favour.INTERFACE: grant_interface,
+    Favour.GROUPS: grant_groups,
+}
+
+
 class Resolver:
     """Asks the system for names: getaddrinfo blocks and has no time-out, so a few threads take turns."""
 
@@ -6613,40 +6907,6 @@ class Resolver:
             question.reply([text.encode("utf-8", "replace")[:255]])
         finally:
             self.free.release()
-
-
-def grant_resolve(fields: list[bytes]) -> list[bytes]:
-    families = [int(digit) for digit in fields[1].decode("ascii") if digit in "46"]
-    return encode_endpoints(resolve_name(fields[0].decode("latin-1"), families)[:MAX_FIELDS - 1]) if families else []
-
-
-def grant_reverse(fields: list[bytes]) -> list[bytes]:
-    (address,) = decode_endpoints(fields)
-    return [name.encode("latin-1", "replace")[:255] for name in reverse_names(address)[:8]]
-
-
-def grant_interface(fields: list[bytes]) -> list[bytes]:
-    return encode_endpoints(interface_addresses().get(fields[0].decode("latin-1"), ())[:64])
-
-
-def grant_groups(fields: list[bytes]) -> list[bytes]:
-    """Return the names of a user's groups; KeyError if there is no such user."""
-    user = os.fsdecode(fields[0])
-    names = []
-    for number in os.getgrouplist(user, pwd.getpwnam(user).pw_gid):
-        try:
-            names.append(os.fsencode(grp.getgrgid(number).gr_name))
-        except KeyError:
-            continue
-    return names[:64]
-
-
-RESOLVER_FAVOURS = {
-    Favour.RESOLVE: grant_resolve,
-    Favour.REVERSE: grant_reverse,
-    Favour.INTERFACE: grant_interface,
-    Favour.GROUPS: grant_groups,
-}
 
 
 class Warden:
@@ -6721,7 +6981,8 @@ class Warden:
         for external in self.config.external:
             if external.endpoint is None:
                 hosts.update(e.host for e in interface_addresses().get(external.text, ()))
-        if "sameport" not in self.config.compatibility or endpoint.host not in hosts:
+        allowed = endpoint.host in hosts or not hosts.isdisjoint(IP_ANY)
+        if "sameport" not in self.config.compatibility or not allowed:
             raise Refused("not an external address, or compatibility: sameport is not set")
 
 
@@ -6750,6 +7011,42 @@ class Options(NamedTuple):
     program: str = "sockd"
 
 
+def find_unusable_externals(config: Config) -> tuple[Complaint, ...]:
+    """Complain of each external address that is not one of this machine's."""
+    complaints = []
+    for external in config.external:
+        try:
+            # A wildcard is usable where its family is missing, too: there is then no route for it.
+            if external.endpoint is not None and external.endpoint.host not in IP_ANY:
+                check_bindable(external.endpoint)
+        except OSError as error:
+            text = f'cannot use external address "{external.text}": {error.strerror}'
+            complaints.append(
+                Complaint("error", text, external.position, hint="it must be an address of this machine")
+            )
+    return tuple(complaints)
+
+
+def rule_methods(rule: Rule) -> tuple[str, ...]:
+    """Return every method that a rule may use."""
+    return (*rule.clientmethods, *rule.socksmethods)
+
+
+def find_missing_libraries(config: Config) -> tuple[Complaint, ...]:
+    """Complain of each method that needs what this system does not have."""
+    methods = {
+        method for rule in (*config.client_rules, *config.socks_rules) for method in rule_methods(rule)
+    }
+    if not any(method.startswith("pam.") for method in methods):
+        return ()
+    try:
+        load_pam()
+    except (ImportError, OSError) as error:
+        text = f"the pam methods need the system's libpam and the Python package python-pam: {error}"
+        return (Complaint("error", text),)
+    return ()
+
+
 def read_config(options: Options) -> tuple[Config | None, tuple[Complaint, ...]]:
     """Parse the configuration file and check what needs this machine; opens no port."""
     path = options.config_file
@@ -6766,39 +7063,11 @@ def read_config(options: Options) -> tuple[Config | None, tuple[Complaint, ...]]
     return (None if more else config), (*complaints, *more)
 
 
-def find_unusable_externals(config: Config) -> tuple[Complaint, ...]:
-    """Complain of each external address that is not one of this machine's."""
-    complaints = []
-    for external in config.external:
-        try:
-            if external.endpoint is not None:
-                check_bindable(external.endpoint)
-        except OSError as error:
-            text = f'cannot use external address "{external.text}": {error.strerror}'
-            complaints.append(Complaint("error", text, external.position, hint="it must be an address of this machine"))
-    return tuple(complaints)
-
-
-def find_missing_libraries(config: Config) -> tuple[Complaint, ...]:
-    """Complain of each method that needs what this system does not have."""
-    methods = {method for rule in (*config.client_rules, *config.socks_rules) for method in rule_methods(rule)}
-    if not any(method.startswith("pam.") for method in methods):
-        return ()
-    try:
-        load_pam()
-    except (ImportError, OSError) as error:
-        text = f"the pam methods need the system's libpam and the Python package python-pam: {error}"
-        return (Complaint("error", text),)
-    return ()
-
-
-def rule_methods(rule: Rule) -> tuple[str, ...]:
-    """Return every method that a rule may use."""
-    return (*rule.clientmethods, *rule.socksmethods)
-
-
 class Pidfile:
-    """The pid file: locked while the server runs, emptied at its end as danted does, and removed if it can be."""
+    """The pid file: locked while the server runs, emptied at its end as danted does.
+
+    And removed if it can be.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -6806,7 +7075,9 @@ class Pidfile:
 
     def acquire(self) -> None:
         """Open and lock the file; OSError if that cannot be done, ConfigError if another server holds it."""
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, PIDFILE_MODE)
+        self.descriptor = os.open(
+            self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, PIDFILE_MODE
+        )
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -6839,6 +7110,44 @@ class Child(NamedTuple):
     control: socket.socket
     number: int  # workers: 1 to their count
     generation: int  # counts reloads: only children of the newest are replaced when they die
+
+
+def ignore_signal(number: int, frame: object) -> None:
+    """Do nothing: the wake-up descriptor has already told the loop."""
+
+
+def describe_status(status: int) -> str:
+    """Return how a child ended, behind "exited unexpectedly"."""
+    if os.WIFSIGNALED(status):
+        return f" on signal {signal.Signals(os.WTERMSIG(status)).name}"
+    return f" with status {os.waitstatus_to_exitcode(status)}"
+
+
+def raise_descriptor_limit(log: Log) -> None:
+    """Raise the soft limit of open files to the hard one, as Dante does.
+
+    Nothing here ever walks over all possible descriptors, so a limit of a billion (containers) costs nothing.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        log.write("warning", f"could not raise the limit of {soft} open files: {error}")
+
+
+def daemonize() -> None:
+    """Go on in a child without a terminal, and let the caller's shell go on.
+
+    As Dante: one fork, no change of directory, umask 022, standard descriptors on /dev/null.
+    """
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    os.umask(0o022)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    os.close(null)
 
 
 class Mother:
@@ -6891,15 +7200,21 @@ class Mother:
         if config.user_unprivileged:
             unprivileged = find_account(config.user_unprivileged)
             if unprivileged.uid == 0:
-                self.log.write("warning", "setting the unprivileged uid to 0 is not recommended for security reasons")
+                self.log.write(
+                    "warning", "setting the unprivileged uid to 0 is not recommended for security reasons"
+                )
         else:
             # Unlike Dante, which then serves its clients as root.
             unprivileged = find_account(FALLBACK_USER)
-            self.log.write("warning", f'user.unprivileged is not set: serving clients as user "{FALLBACK_USER}"')
+            self.log.write(
+                "warning", f'user.unprivileged is not set: serving clients as user "{FALLBACK_USER}"'
+            )
         return privileged, unprivileged
 
-    def bind_listeners(self, config: Config, present: dict[Endpoint, socket.socket]) -> dict[Endpoint, socket.socket]:
-        """Return the listening sockets of a configuration, taking over those present; ConfigError if one fails.
+    def bind_listeners(
+        self, config: Config, present: dict[Endpoint, socket.socket]
+    ) -> dict[Endpoint, socket.socket]:
+        """Return the listening sockets of a configuration; ConfigError if one cannot be had.
 
         A socket that is in both keeps its descriptor and its queue of waiting clients.
         """
@@ -6925,7 +7240,9 @@ class Mother:
         except OSError as error:
             # As Dante: the server runs on without it.
             if self.options.pidfile or os.geteuid() == 0:
-                self.log.write("warning", f"could not open pidfile {self.pidfile.path} for writing: {error.strerror}")
+                self.log.write(
+                    "warning", f"could not open pidfile {self.pidfile.path} for writing: {error.strerror}"
+                )
 
     def write_pid(self) -> None:
         try:
@@ -6944,7 +7261,7 @@ class Mother:
         """Let signals wake the loop; that is all that a handler ever does."""
         self.wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self.wakeup[1], warn_on_full_buffer=False)
-        for number in (*SIGNALS, signal.SIGCHLD):
+        for number in (*self.handlers, signal.SIGCHLD):
             signal.signal(number, ignore_signal)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
@@ -7043,9 +7360,9 @@ class Mother:
         """Do once what each signal that has come asks for, however often it came."""
         numbers = set(os.read(self.wakeup[0], 4096))
         self.reap()
-        for number, method in SIGNALS.items():
+        for number, handler in self.handlers.items():
             if number in numbers:
-                method(self, number)
+                handler(self, number)
 
     def on_end(self, number: int) -> None:
         self.log.write("info", f"sigterm(): exiting on signal {number}")
@@ -7201,52 +7518,13 @@ class Mother:
                     child.control.close()
                     del self.children[pid]
 
-
-SIGNALS = {
-    signal.SIGTERM: Mother.on_end,
-    signal.SIGINT: Mother.on_end,
-    signal.SIGQUIT: Mother.on_end,
-    signal.SIGHUP: Mother.on_hup,
-    signal.SIGUSR1: Mother.on_usr1,
-}
-
-
-def ignore_signal(number: int, frame: object) -> None:
-    """Do nothing: the wake-up descriptor has already told the loop."""
-
-
-def describe_status(status: int) -> str:
-    """Return how a child ended, behind "exited unexpectedly"."""
-    if os.WIFSIGNALED(status):
-        return f" on signal {signal.Signals(os.WTERMSIG(status)).name}"
-    return f" with status {os.waitstatus_to_exitcode(status)}"
-
-
-def raise_descriptor_limit(log: Log) -> None:
-    """Raise the soft limit of open files to the hard one, as Dante does.
-
-    Nothing here ever walks over all possible descriptors, so a limit of a billion (containers) costs nothing.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError) as error:
-        log.write("warning", f"could not raise the limit of {soft} open files: {error}")
-
-
-def daemonize() -> None:
-    """Go on in a child without a terminal, and let the caller's shell go on.
-
-    As Dante: one fork, no change of directory, umask 022, standard descriptors on /dev/null.
-    """
-    if os.fork():
-        os._exit(0)
-    os.setsid()
-    os.umask(0o022)
-    null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(null, descriptor)
-    os.close(null)
+    handlers = {
+        signal.SIGTERM: on_end,
+        signal.SIGINT: on_end,
+        signal.SIGQUIT: on_end,
+        signal.SIGHUP: on_hup,
+        signal.SIGUSR1: on_usr1,
+    }
 
 
 # ============================== 17. Command line ==============================
@@ -7299,8 +7577,26 @@ def parse_number_option(letter: str, text: str, low: int) -> int:
     """Return the number given to an option; ConfigError if it is none."""
     if not text.isdecimal() or int(text) < low:
         least = {0: "zero", 1: "one"}[low]
-        raise ConfigError(f"illegal value for -{letter} option: {text}.  Must be a number and greater or equal to {least}")
+        raise ConfigError(
+            f"illegal value for -{letter} option: {text}.  Must be a number and greater or equal to {least}"
+        )
     return int(text)
+
+
+SHORT_OPTIONS, LONG_OPTIONS = "DLN:Vd:f:hnp:v", ("chroot=",)
+OPTION_VALUES: dict[str, Callable[[str], dict[str, object]]] = {
+    "-D": lambda _: {"daemon": True},
+    "-L": lambda _: {},
+    "-N": lambda text: {"servers": parse_number_option("N", text, 1)},
+    "-V": lambda _: {},
+    "-d": lambda text: {"debug": parse_number_option("d", text, 0)},
+    "-f": lambda text: {"config_file": text},
+    "-h": lambda _: {},
+    "-n": lambda _: {"keepalive": False},
+    "-p": lambda text: {"pidfile": text},
+    "-v": lambda _: {},
+    "--chroot": lambda text: {"chroot": text},
+}
 
 
 def parse_options(program: str, arguments: Sequence[str]) -> tuple[Options, frozenset[str]]:
@@ -7328,22 +7624,6 @@ def find_text_option(arguments: Sequence[str]) -> str:
         if found:
             return found[0]
     return ""
-
-
-SHORT_OPTIONS, LONG_OPTIONS = "DLN:Vd:f:hnp:v", ("chroot=",)
-OPTION_VALUES: dict[str, Callable[[str], dict[str, object]]] = {
-    "-D": lambda _: {"daemon": True},
-    "-L": lambda _: {},
-    "-N": lambda text: {"servers": parse_number_option("N", text, 1)},
-    "-V": lambda _: {},
-    "-d": lambda text: {"debug": parse_number_option("d", text, 0)},
-    "-f": lambda text: {"config_file": text},
-    "-h": lambda _: {},
-    "-n": lambda _: {"keepalive": False},
-    "-p": lambda text: {"pidfile": text},
-    "-v": lambda _: {},
-    "--chroot": lambda text: {"chroot": text},
-}
 
 
 def describe_usage(program: str) -> str:
@@ -7376,7 +7656,10 @@ def serve(options: Options, config: Config) -> int:
 
 
 def open_standard_descriptors() -> None:
-    """Put /dev/null where the caller has closed a standard descriptor: nothing of ours may take its number."""
+    """Put /dev/null where the caller has closed a standard descriptor.
+
+    Nothing of ours may take its number.
+    """
     descriptor = os.open(os.devnull, os.O_RDWR)
     while descriptor <= 2:
         os.set_inheritable(descriptor, True)

@@ -115,7 +115,7 @@ def highest_descriptor(server: Server) -> int:
 
 
 def count_keepalive_timers(*ports: int) -> int:
-    """Count the established IPv4 connections from these ports that have a keep-alive timer, when all is acknowledged."""
+    """Count the established IPv4 connections from these ports that have a keep-alive timer, once all is read."""
 
     def read_timers() -> list[str]:
         rows = [line.split() for line in Path("/proc/thread-self/net/tcp").read_text().splitlines()[1:]]
@@ -134,7 +134,7 @@ SIOCATMARK = 0x8905
 
 def is_at_mark(connection: socket.socket) -> bool:
     """Tell whether the next byte to read is the urgent one."""
-    return struct.unpack("i", fcntl.ioctl(connection, SIOCATMARK, bytes(4)))[0] != 0
+    return any(fcntl.ioctl(connection, SIOCATMARK, bytes(4)))
 
 
 def read_with_mark(connection: socket.socket, count: int) -> tuple[bytes, bytes, bytes]:
@@ -314,7 +314,7 @@ def run_all(functions: list[Callable[[], None]]) -> None:
     def guard(function: Callable[[], None]) -> None:
         try:
             function()
-        except BaseException as error:  # noqa: BLE001  it is raised again below
+        except BaseException as error:  # it is raised again below
             errors.append(error)
 
     threads = [threading.Thread(target=guard, args=(function,)) for function in functions]
@@ -330,3 +330,38 @@ def hash_with(kind: str, password: str, salt: str = "sockdtest") -> str:
     """Give the crypt(3) hash of a password: "-6" for SHA-512, "-5" for SHA-256."""
     command = ["openssl", "passwd", kind, "-salt", salt, password]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+# ------------------------------ forged segments ------------------------------
+
+TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
+REPAIR_ON, REPAIR_OFF = 1, -1
+RECEIVE_QUEUE, SEND_QUEUE = 1, 2
+TCP_URG_PSH_ACK = 0x38
+
+
+def inject_urgent_byte_behind_a_gap(connection: socket.socket) -> None:
+    """Send the other end of an IPv4 connection an urgent byte before which a byte is missing, for ever."""
+    connection.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, REPAIR_ON)
+    numbers = []
+    for queue in (SEND_QUEUE, RECEIVE_QUEUE):
+        connection.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
+        numbers.append(connection.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ) & 0xFFFFFFFF)
+    connection.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, REPAIR_OFF)
+    here, there = connection.getsockname(), connection.getpeername()
+    segment = tcp_segment(here, there, numbers[0] + 1, numbers[1], b"!")
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
+        raw.bind((here[0], 0))
+        raw.sendto(segment, (there[0], 0))
+
+
+def tcp_segment(source: Address, target: Address, number: int, acknowledged: int, data: bytes) -> bytes:
+    """Build a TCP segment whose first byte is urgent."""
+    fields = source[1], target[1], number, acknowledged, 5 << 4, TCP_URG_PSH_ACK, 1000
+    addresses = socket.inet_aton(source[0]) + socket.inet_aton(target[0])
+    bare = struct.pack("!HHIIBBH", *fields) + struct.pack("!HH", 0, 1) + data
+    covered = addresses + struct.pack("!HH", socket.IPPROTO_TCP, len(bare)) + bare + bytes(len(bare) % 2)
+    total = sum(struct.unpack(f"!{len(covered) // 2}H", covered))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return bare[:16] + struct.pack("!H", ~total & 0xFFFF) + bare[18:]

@@ -466,7 +466,11 @@ class Server:
             for pid, most in self._threads.items()
             if count_threads(pid) > most + SPARE_THREADS
         ]
-        dead = [f"{p.pid}: zombie {p.command}" for p in self.processes() if p.state == "Z"]
+        dead = [
+            f"{p.pid}: zombie {p.command} of {p.parent}"
+            for p in self.processes()
+            if p.state == "Z"
+        ]
         return grown + many + dead
 
     def check_text(self) -> None:

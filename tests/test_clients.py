@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from conftest import Factory
 from peers import TcpPeer
 from peers_of_clients import ANSWER, MUCH, DnsPeer, FtpPeer, UdpForwarder, answer_much
@@ -92,8 +91,12 @@ FETCHES = (
     Fetch("socksify-v5-name", f"socksify curl -sS {ORIGIN}", protocol="socks_v5"),
     Fetch("socksify-v5", f"socksify curl -sS {ORIGIN}", "127.0.0.1", protocol="socks_v5"),
     Fetch("socksify-v4", f"socksify curl -sS {ORIGIN}", "127.0.0.1", protocol="socks_v4"),
-    Fetch("proxychains-socks5", f"proxychains4 -q -f {{folder}}/chain.conf curl -sS {ORIGIN}", protocol="socks5"),
-    Fetch("proxychains-socks4", f"proxychains4 -q -f {{folder}}/chain.conf curl -sS {ORIGIN}", protocol="socks4"),
+    Fetch(
+        "proxychains-socks5", f"proxychains4 -q -f {{folder}}/chain.conf curl -sS {ORIGIN}", protocol="socks5"
+    ),
+    Fetch(
+        "proxychains-socks4", f"proxychains4 -q -f {{folder}}/chain.conf curl -sS {ORIGIN}", protocol="socks4"
+    ),
     Fetch("nc-5-name", "nc -X 5 -x {server}:{port} {host} {origin}", stdin=REQUEST),
     Fetch("nc-5", "nc -X 5 -x {server}:{port} {host} {origin}", "127.0.0.1", stdin=REQUEST),
     Fetch("nc-4", "nc -X 4 -x {server}:{port} {host} {origin}", "127.0.0.1", stdin=REQUEST),
@@ -119,12 +122,20 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[bytes]]:
 
     def run_client(server: Server, fetch: Fetch, **values: object) -> subprocess.CompletedProcess[bytes]:
         host, port = server.addresses[0]
-        known: dict[str, object] = {"server": host, "port": port, "folder": tmp_path, "login": fetch.login, **values}
+        known: dict[str, object] = {
+            "server": host,
+            "port": port,
+            "folder": tmp_path,
+            "login": fetch.login,
+            **values,
+        }
         known["host"] = fetch.host
         command = [word.format(**known) for word in fetch.command.split()]
         need(shutil.which(command[0]), f"{command[0]} is missing")
         environment = write_client_files(fetch, tmp_path, known)
-        return subprocess.run(command, input=fetch.stdin, capture_output=True, timeout=WITHIN, env=environment, check=False)
+        return subprocess.run(
+            command, input=fetch.stdin, capture_output=True, timeout=WITHIN, env=environment, check=False
+        )
 
     return run_client
 
@@ -173,7 +184,12 @@ def test_curl_fetches_a_page_over_ipv6(
 
 @pytest.mark.parametrize("fetch", LOGINS, ids=name_of)
 def test_client_program_logs_in(
-    fetch: Fetch, sockd: Factory, peer: Callable[..., Any], run: Callable[..., Any], private_world: World, tmp_path: Path
+    fetch: Fetch,
+    sockd: Factory,
+    peer: Callable[..., Any],
+    run: Callable[..., Any],
+    private_world: World,
+    tmp_path: Path,
 ) -> None:
     server, origin = sockd(with_passwords(tmp_path), world=private_world), peer("origin")
     assert run(server, fetch, origin=origin.port).stdout.decode() == PAGE
@@ -182,7 +198,12 @@ def test_client_program_logs_in(
 
 @pytest.mark.parametrize("fetch", LOGINS, ids=name_of)
 def test_client_program_gets_nothing_when_its_password_is_wrong(
-    fetch: Fetch, sockd: Factory, peer: Callable[..., Any], run: Callable[..., Any], private_world: World, tmp_path: Path
+    fetch: Fetch,
+    sockd: Factory,
+    peer: Callable[..., Any],
+    run: Callable[..., Any],
+    private_world: World,
+    tmp_path: Path,
 ) -> None:
     server, origin = sockd(with_passwords(tmp_path), world=private_world), peer("origin")
     result = run(server, replace(fetch, login="ann:wrong"), origin=origin.port)
@@ -243,7 +264,7 @@ def test_socksified_programs_ask_dns_over_udp(
             assert result.stdout.endswith((socket.inet_aton(ANSWER), f"{ANSWER}\n".encode()))
         relayed = [m for m in server.messages if "udp/udpassociate -" in m]
         assert len(relayed) == len(dns.seen) == len(UDP_FETCHES)
-        for message, (_, (host, port)) in zip(relayed, dns.seen):
+        for message, (_, (host, port)) in zip(relayed, dns.seen, strict=True):
             assert f" {host}.{port} 127.0.0.1.{dns.port} " in message
 
 
@@ -255,7 +276,9 @@ def test_socksified_programs_ask_dns_over_udp(
     [
         (Fetch("passive", "curl -sS -x socks5h://{server}:{port} ftp://{host}:{ftp}/file"), "passive"),
         (
-            Fetch("active", "socksify curl -sS -P 127.0.0.1 ftp://{host}:{ftp}/file", "127.0.0.1", "socks_v5"),
+            Fetch(
+                "active", "socksify curl -sS -P 127.0.0.1 ftp://{host}:{ftp}/file", "127.0.0.1", "socks_v5"
+            ),
             "active",
         ),
     ],
@@ -343,7 +366,16 @@ def test_ssh_runs_a_command_through_nc(
         "StrictHostKeyChecking": "accept-new", "UserKnownHostsFile": folder / "known",
     }  # fmt: skip
     words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-    command = ["ssh", "-F", "none", *words, "-p", str(port), f"{SSH_USER}@{host}", "cat; echo $SSH_CONNECTION"]
+    command = [
+        "ssh",
+        "-F",
+        "none",
+        *words,
+        "-p",
+        str(port),
+        f"{SSH_USER}@{host}",
+        "cat; echo $SSH_CONNECTION",
+    ]
     result = subprocess.run(command, input=b"hello ", capture_output=True, timeout=WITHIN, check=False)
     assert result.returncode == 0, result.stderr
     (record,) = sessions_to(server, port)

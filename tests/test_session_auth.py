@@ -11,12 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from client import (
-    CONNECT, GRANTED, NO_ACCEPTABLE_METHOD, NO_METHOD, PASSWORD_METHOD, UDP_ASSOCIATE, Client, Feed,
-    bytewise, greeting, password_message, random_splits, request4, request5, whole,
-)  # fmt: skip
-from more_peers import CLIENT_PASS, HEAD, SOCKS_PASS, hash_with, lines_about, rule, wait_for_line, wait_for_record
+    CONNECT,
+    GRANTED,
+    NO_ACCEPTABLE_METHOD,
+    NO_METHOD,
+    PASSWORD_METHOD,
+    UDP_ASSOCIATE,
+    Client,
+    Feed,
+    bytewise,
+    greeting,
+    password_message,
+    random_splits,
+    request4,
+    request5,
+    whole,
+)
+from more_peers import (
+    CLIENT_PASS,
+    HEAD,
+    SOCKS_PASS,
+    hash_with,
+    lines_about,
+    rule,
+    wait_for_line,
+    wait_for_record,
+)
 from servers import RECORD, Server, Sockd, World, eventually
 
 pytestmark = pytest.mark.root
@@ -51,24 +72,35 @@ def password_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def write_config(password_file: Path, methods: str = "username none", rules: str = "", client_rules: str = "") -> str:
+def write_config(
+    password_file: Path, methods: str = "username none", rules: str = "", client_rules: str = ""
+) -> str:
     """Write a configuration with accounts of its own."""
     head = HEAD.replace("socksmethod: none", f"socksmethod: {methods}")
     return f"{head}passwordfile: {password_file}\n" + (client_rules or CLIENT_PASS) + (rules or SOCKS_PASS)
 
 
 @pytest.fixture(scope="module")
-def running(private_world: World, password_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server, which wants a password of everybody, for all tests that need nothing special."""
-    config = write_config(password_file, "username")
-    server = Sockd(config, tmp_path_factory.mktemp("shared"), world=private_world)
-    yield server
-    server.close()
+def start(
+    private_world: World, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Server]]:
+    """`start(config)` gives a server that lives as long as the module: the same one for the same text."""
+    started: dict[str, Server] = {}
+
+    def start_once(config: str) -> Server:
+        if config not in started:
+            started[config] = Sockd(config, tmp_path_factory.mktemp("sockd"), world=private_world)
+        return started[config]
+
+    yield start_once
+    for server in started.values():
+        server.close()
 
 
 @pytest.fixture
-def server(running: Server) -> Iterator[Server]:
-    """The shared server, which must give back after the test all that it took."""
+def server(start: Callable[[str], Server], password_file: Path) -> Iterator[Server]:
+    """A server that wants a password of everybody, and must give back what it took."""
+    running = start(write_config(password_file, "username"))
     yield running
     running.check_resources()
 
@@ -81,7 +113,10 @@ def offer_nothing(client: Client, port: int) -> bool:
 
 
 def offer_password(client: Client, port: int, secret: bytes = ALICE[1]) -> bool:
-    if client.greet([PASSWORD_METHOD]) != PASSWORD_METHOD or client.authenticate(ALICE[0], secret) != NO_FAULT:
+    if (
+        client.greet([PASSWORD_METHOD]) != PASSWORD_METHOD
+        or client.authenticate(ALICE[0], secret) != NO_FAULT
+    ):
         return False
     return client.request5(CONNECT, "127.0.0.1", port).code == 0
 
@@ -136,16 +171,18 @@ def write_at_level(password_file: Path, level: str, methods: str) -> str:
     if level == "global":
         return write_config(password_file, methods)
     if level == "client-rule":
-        return write_config(password_file, client_rules=rule("client pass", "from: 0/0 to: 0/0", "log: error", item))
+        return write_config(
+            password_file, client_rules=rule("client pass", "from: 0/0 to: 0/0", "log: error", item)
+        )
     return write_config(password_file, rules=rule("socks pass", "from: 0/0 to: 0/0", "log: error", item))
 
 
 @pytest.mark.parametrize("methods", ALLOWED)
 @pytest.mark.parametrize("level", ["global", "client-rule", "socks-rule"])
 def test_only_who_satisfies_the_method_gets_in(
-    sockd: Any, private_world: World, password_file: Path, peer: StartPeer, level: str, methods: str
+    start: Callable[[str], Server], password_file: Path, peer: StartPeer, level: str, methods: str
 ) -> None:
-    server, target = sockd(write_at_level(password_file, level, methods), world=private_world), peer("echo")
+    server, target = start(write_at_level(password_file, level, methods)), peer("echo")
     entered = set()
     for name, attempt in CLIENTS.items():
         with Client(server.addresses[0]) as client:
@@ -166,9 +203,9 @@ def test_only_who_satisfies_the_method_gets_in(
     ],
 )  # fmt: skip
 def test_method_is_the_first_of_the_servers_list_that_is_offered(
-    sockd: Any, private_world: World, password_file: Path, methods: str, offered: bytes, chosen: int
+    start: Callable[[str], Server], password_file: Path, methods: str, offered: bytes, chosen: int
 ) -> None:
-    server = sockd(write_config(password_file, methods), world=private_world)
+    server = start(write_config(password_file, methods))
     with Client(server.addresses[0]) as client:
         assert client.greet(offered) == chosen
         if chosen == NO_ACCEPTABLE_METHOD:
@@ -263,7 +300,7 @@ def test_password_file_that_vanishes_lets_nobody_in(
     path.unlink()
     with Client(server.addresses[0]) as client:
         assert not offer_password(client, target.port)
-        wait_for_line(server, client.address, "could not access user \"alice\"'s records")
+        wait_for_line(server, client.address, 'could not access user "alice"\'s records')
     assert not target.seen
 
 
@@ -272,7 +309,11 @@ def test_password_file_that_vanishes_lets_nobody_in(
 
 def opening(port: int, secret: bytes = ALICE[1]) -> bytes:
     """Give all that a client says before its data."""
-    return greeting([PASSWORD_METHOD]) + password_message(b"alice", secret) + request5(CONNECT, "127.0.0.1", port)
+    return (
+        greeting([PASSWORD_METHOD])
+        + password_message(b"alice", secret)
+        + request5(CONNECT, "127.0.0.1", port)
+    )
 
 
 def expect_open(client: Client) -> None:
@@ -282,7 +323,9 @@ def expect_open(client: Client) -> None:
 
 
 @pytest.mark.parametrize("feed", [whole, bytewise, random_splits(1929), random_splits(1928)])
-def test_handshake_may_come_in_any_pieces_with_data_behind(server: Server, peer: StartPeer, feed: Feed) -> None:
+def test_handshake_may_come_in_any_pieces_with_data_behind(
+    server: Server, peer: StartPeer, feed: Feed
+) -> None:
     target = peer("echo")
     with Client(server.addresses[0], feed) as client:
         client.send(opening(target.port) + b"early")
@@ -314,7 +357,9 @@ INSTEAD_OF_A_PASSWORD = {
     "version-2": lambda port: password_message(*ALICE, version=2) + request5(CONNECT, "127.0.0.1", port),
     "version-5": lambda port: password_message(*ALICE, version=5) + request5(CONNECT, "127.0.0.1", port),
     "version-255": lambda port: password_message(*ALICE, version=255) + request5(CONNECT, "127.0.0.1", port),
-    "wrong-password-and-request": lambda port: password_message(b"alice", b"no") + request5(CONNECT, "127.0.0.1", port),
+    "wrong-password-and-request": lambda port: (
+        password_message(b"alice", b"no") + request5(CONNECT, "127.0.0.1", port)
+    ),
     "wrong-then-right": lambda port: (
         password_message(b"alice", b"no") + password_message(*ALICE) + request5(CONNECT, "127.0.0.1", port)
     ),
@@ -464,7 +509,9 @@ def test_user_name_cannot_forge_a_record(server: Server, user: bytes) -> None:
     check_lines_of_log(server)
 
 
-@pytest.mark.parametrize("user", [b"alice@10.0.0.1.80", b"e v e", b"%s%n", b"\x1b[2Jeve", b"\xff\xfe", b"\xc2\x85eve"])
+@pytest.mark.parametrize(
+    "user", [b"alice@10.0.0.1.80", b"e v e", b"%s%n", b"\x1b[2Jeve", b"\xff\xfe", b"\xc2\x85eve"]
+)
 def test_name_of_a_user_who_is_let_in_cannot_forge_a_record(
     sockd: Any, private_world: World, tmp_path: Path, peer: StartPeer, user: bytes
 ) -> None:

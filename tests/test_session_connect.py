@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-import select
 import signal
 import socket
 import threading
@@ -14,17 +13,47 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-
 from client import (
-    BIND, CONNECT, GRANTED, NO_METHOD, REJECTED, Address, Client, Feed, bytewise, greeting,
-    random_splits, request4, request5, whole,
-)  # fmt: skip
+    BIND,
+    CONNECT,
+    GRANTED,
+    NO_METHOD,
+    REJECTED,
+    Address,
+    Client,
+    Feed,
+    bytewise,
+    greeting,
+    random_splits,
+    request4,
+    request5,
+    whole,
+)
 from more_peers import (
-    CLIENT_PASS, EVERYTHING, HEAD, IPV4_HEAD, SILENT_HOST, SOCKS_PASS, NameServer, add_silent_network,
-    answer_with_digest, count_keepalive_timers, greet_and_reset, highest_descriptor, lines_about,
-    measure_idleness, never_read, pattern, read_memory_bytes, read_with_mark, rule, run_all,
-    send_with_mark, wait_for_line, world_that_asks,
-)  # fmt: skip
+    CLIENT_PASS,
+    EVERYTHING,
+    HEAD,
+    IPV4_HEAD,
+    SILENT_HOST,
+    SOCKS_PASS,
+    NameServer,
+    add_silent_network,
+    answer_with_digest,
+    count_keepalive_timers,
+    greet_and_reset,
+    highest_descriptor,
+    lines_about,
+    measure_idleness,
+    never_read,
+    pattern,
+    read_memory_bytes,
+    read_with_mark,
+    rule,
+    run_all,
+    send_with_mark,
+    wait_for_line,
+    world_that_asks,
+)
 from peers import Seen, TcpPeer, echo
 from servers import Server, Sockd, World, eventually
 
@@ -38,8 +67,15 @@ SHARED_CONFIG = (
     + "timeout.connect: 1\n"
     + CLIENT_PASS
     + rule("socks block", f"from: 0/0 to: {BLOCKED_HOST}/32", "log: connect disconnect error")
-    + rule("socks pass", f"from: 0/0 to: {IDLE_HOST}/32", "timeout.io.tcp: 1", "log: connect disconnect error")
-    + rule("socks pass", f"from: 0/0 to: {FIN_WAIT_HOST}/32", "timeout.tcp_fin_wait: 1", "log: connect disconnect error")
+    + rule(
+        "socks pass", f"from: 0/0 to: {IDLE_HOST}/32", "timeout.io.tcp: 1", "log: connect disconnect error"
+    )
+    + rule(
+        "socks pass",
+        f"from: 0/0 to: {FIN_WAIT_HOST}/32",
+        "timeout.tcp_fin_wait: 1",
+        "log: connect disconnect error",
+    )
     + rule("socks pass", "from: 0/0 to: 0/0", "command: connect", "log: connect disconnect error")
 )
 
@@ -61,7 +97,9 @@ def server(running: Server) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def target_that(behaviour: Callable[[socket.socket, Seen], None], host: str = "127.0.0.1") -> Iterator[TcpPeer]:
+def target_that(
+    behaviour: Callable[[socket.socket, Seen], None], host: str = "127.0.0.1"
+) -> Iterator[TcpPeer]:
     """Run a peer with a behaviour that peers.py does not name."""
     with contextlib.closing(TcpPeer(behaviour, host)) as target:
         yield target
@@ -156,7 +194,9 @@ def test_bytes_behind_the_request_reach_the_target_before_the_client_reads(
 
 @pytest.mark.parametrize("size", [1, 5, 4096, 40_000, 400_000])
 @pytest.mark.parametrize("version", [4, 5])
-def test_bytes_behind_the_request_are_counted(server: Server, peer: StartPeer, version: int, size: int) -> None:
+def test_bytes_behind_the_request_are_counted(
+    server: Server, peer: StartPeer, version: int, size: int
+) -> None:
     target, form = peer("discard"), Form(version, "127.0.0.1")
     with Client(server.addresses[0]) as client:
         client.send(form.opening(target.port) + pattern(size))
@@ -165,7 +205,10 @@ def test_bytes_behind_the_request_are_counted(server: Server, peer: StartPeer, v
         client.expect_end()
         here, at = f"127.0.0.1.{client.address[1]}", f"127.0.0.1.{server.port}"
         line = wait_for_line(server, client.address, "tcp/connect ]:")
-        assert f": 0 -> {here} {at} -> {size}, {size} -> {bound[0]}.{bound[1]} 127.0.0.1.{target.port} -> 0: " in line
+        assert (
+            f": 0 -> {here} {at} -> {size}, {size} -> {bound[0]}.{bound[1]} 127.0.0.1.{target.port} -> 0: "
+            in line
+        )
         line = wait_for_line(server, client.address, "tcp/accept ]:")
         assert f": 0 -> {here} {at} -> {size}: local client closed." in line
     assert bytes(target.seen[0].data) == pattern(size)
@@ -182,7 +225,9 @@ def test_each_direction_is_counted_by_itself(server: Server, peer: StartPeer) ->
         here = f"127.0.0.1.{client.address[1]} 127.0.0.1.{server.port}"
         assert f": 8 -> {here} -> 3, 3 -> " in line
         assert f" 127.0.0.1.{target.port} -> 8: local client closed." in line
-        assert f": 8 -> {here} -> 3: local client closed." in wait_for_line(server, client.address, "tcp/accept ]:")
+        assert f": 8 -> {here} -> 3: local client closed." in wait_for_line(
+            server, client.address, "tcp/accept ]:"
+        )
 
 
 # ------------------------------ ways to fail ------------------------------
@@ -225,18 +270,19 @@ def test_failure_has_its_reply_its_reason_and_a_clean_end(
 def test_failure_is_91_in_socks4(
     server: Server, peer: StartPeer, host: str, port: int | None, code: int, reason: str
 ) -> None:
-    if ":" in host:
-        host = f"{host}".encode()  # as a name of SOCKS 4A
-    number = peer("refuser", "::1" if host == b"::1" else "127.0.0.1").port if port is None else port
+    spelled = host.encode() if ":" in host else host  # an IPv6 address goes as a name of SOCKS 4A
+    number = peer("refuser", "::1" if ":" in host else "127.0.0.1").port if port is None else port
     with Client(server.addresses[0]) as client:
-        assert client.request4(CONNECT, host, number).code == REJECTED
+        assert client.request4(CONNECT, spelled, number).code == REJECTED
         client.expect_end()
         wait_for_line(server, client.address, "tcp/accept ]:")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "echo.test"])
 def test_refusal_by_a_rule_echoes_the_request(sockd: Any, private_world: World, host: str) -> None:
-    server = sockd(HEAD + CLIENT_PASS + rule("socks block", "from: 0/0 to: 0/0", "log: connect"), world=private_world)
+    server = sockd(
+        HEAD + CLIENT_PASS + rule("socks block", "from: 0/0 to: 0/0", "log: connect"), world=private_world
+    )
     with Client(server.addresses[0]) as client:
         reply = client.open5(CONNECT, host, 4711)
         assert (reply.code, reply.host, reply.port) == (2, host, 4711)
@@ -389,7 +435,9 @@ def test_name_that_cannot_be_one_is_host_unreachable(server: Server, peer: Start
     assert not target.seen
 
 
-def test_name_of_253_bytes_reaches_the_name_server(private_world: World, tmp_path: Any, sockd: Any, peer: StartPeer) -> None:
+def test_name_of_253_bytes_reaches_the_name_server(
+    private_world: World, tmp_path: Any, sockd: Any, peer: StartPeer
+) -> None:
     name = ".".join(["n" * 49] * 5 + ["xyz"])
     with contextlib.closing(NameServer({name: [["127.0.0.1"]]})) as names:
         server = sockd(EVERYTHING, world=world_that_asks(names, private_world, tmp_path))
@@ -448,7 +496,9 @@ def test_name_that_rebinds_stays_with_the_address_that_was_judged(
         assert not secret.seen
 
 
-@pytest.mark.parametrize("answer", [["127.0.0.9", "127.0.0.2"], ["127.0.0.2", "127.0.0.9"], ["127.0.0.9", "::1"]])
+@pytest.mark.parametrize(
+    "answer", [["127.0.0.9", "127.0.0.2"], ["127.0.0.2", "127.0.0.9"], ["127.0.0.9", "::1"]]
+)
 def test_name_with_one_blocked_address_is_blocked(
     private_world: World, tmp_path: Any, sockd: Any, peer: StartPeer, answer: list[str]
 ) -> None:
@@ -462,7 +512,9 @@ def test_name_with_one_blocked_address_is_blocked(
         assert not target.seen
 
 
-def test_name_with_one_passed_address_uses_only_that(server: Server, sockd: Any, private_world: World, peer: StartPeer) -> None:
+def test_name_with_one_passed_address_uses_only_that(
+    server: Server, sockd: Any, private_world: World, peer: StartPeer
+) -> None:
     only = rule("socks pass", "from: 0/0 to: 127.0.0.1", "log: connect")
     strict = sockd(HEAD + CLIENT_PASS + only, world=private_world)
     target = peer("echo", "127.0.0.2")  # multi.test is 127.0.0.2, too
@@ -474,7 +526,13 @@ def test_name_with_one_passed_address_uses_only_that(server: Server, sockd: Any,
 
 @pytest.mark.parametrize(
     ("host", "code"),
-    [("example.test", 2), ("www.example.test", 2), ("WWW.Example.Test", 2), ("xexample.test", 0), ("echo.test", 0)],
+    [
+        ("example.test", 2),
+        ("www.example.test", 2),
+        ("WWW.Example.Test", 2),
+        ("xexample.test", 0),
+        ("echo.test", 0),
+    ],
 )
 def test_domain_in_a_rule_matches_at_the_border_of_a_label(
     sockd: Any, private_world: World, peer: StartPeer, host: str, code: int
@@ -525,7 +583,9 @@ def safe(private_world: World, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.mark.parametrize("version", [4, 5])
-def test_no_spelling_of_an_inner_address_gets_round_a_block(safe: Server, peer: StartPeer, version: int) -> None:
+def test_no_spelling_of_an_inner_address_gets_round_a_block(
+    safe: Server, peer: StartPeer, version: int
+) -> None:
     canary = peer("discard", "::")  # hears every address of this machine, of both families
     spellings: list[str | bytes] = [*INNER_ADDRESSES, *(name.encode() for name in INNER_NAMES)]
     got_through = []
@@ -640,7 +700,9 @@ def test_timeout_is_not_a_second_late(server: Server, peer: StartPeer) -> None:
     assert 1.0 <= times[-1] - times[0] < 1.8
 
 
-def test_live_session_is_ended_and_logged_when_the_server_stops(sockd: Any, private_world: World, peer: StartPeer) -> None:
+def test_live_session_is_ended_and_logged_when_the_server_stops(
+    sockd: Any, private_world: World, peer: StartPeer
+) -> None:
     server = sockd(EVERYTHING, world=private_world)
     target = peer("echo")
     with Client(server.addresses[0]) as client:
@@ -780,7 +842,9 @@ def test_slow_reader_costs_neither_memory_nor_time(
 
     with target_that(give if direction == "down" else take) as target, Client(server.addresses[0]) as client:
         client.open5(CONNECT, "127.0.0.1", target.port)
-        sender = threading.Thread(target=client.sock.sendall, args=(pattern(size) if direction == "up" else b"",))
+        sender = threading.Thread(
+            target=client.sock.sendall, args=(pattern(size) if direction == "up" else b"",)
+        )
         sender.start()
         eventually(lambda: measure_idleness(server, 0.1) == 0)
         assert measure_idleness(server) < 0.05

@@ -11,12 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-
 from client import CONNECT, REJECTED, UDP_ASSOCIATE, Address, Client, Datagram, UdpClient, bytewise, wrap
 from more_peers import (
-    CLIENT_PASS, HEAD, IPV4_HEAD, SOCKS_PASS, NameServer, lines_about, rule, wait_for_line,
-    wait_for_record, world_that_asks,
-)  # fmt: skip
+    CLIENT_PASS,
+    HEAD,
+    IPV4_HEAD,
+    SOCKS_PASS,
+    NameServer,
+    lines_about,
+    rule,
+    wait_for_line,
+    wait_for_record,
+    world_that_asks,
+)
 from peers import Peer
 from servers import Server, Sockd, World, eventually
 
@@ -85,7 +92,11 @@ class Association:
 
 @contextlib.contextmanager
 def associate(
-    server: Server, host: str | bytes = "0.0.0.0", port: int = 0, listener: int = 0, udp: UdpClient | None = None
+    server: Server,
+    host: str | bytes = "0.0.0.0",
+    port: int = 0,
+    listener: int = 0,
+    udp: UdpClient | None = None,
 ) -> Iterator[Association]:
     """Open an association; it ends with a reset, as a FIN would leave it time for more datagrams."""
     address = server.addresses[listener]
@@ -124,7 +135,9 @@ def test_datagram_goes_to_every_form_of_target_and_the_answer_names_the_sender(
 
 @pytest.mark.parametrize("listener", [0, 1], ids=["ipv4-client", "ipv6-client"])
 @pytest.mark.parametrize("dst", ["0.0.0.0", "::"])
-def test_relay_is_on_the_address_that_the_client_came_to(server: Server, peer: StartPeer, listener: int, dst: str) -> None:
+def test_relay_is_on_the_address_that_the_client_came_to(
+    server: Server, peer: StartPeer, listener: int, dst: str
+) -> None:
     target = peer("udp-echo")
     with associate(server, dst, listener=listener) as association:
         assert association.relay[0] == server.addresses[listener][0]
@@ -158,22 +171,36 @@ def test_both_families_are_served_in_one_association(server: Server, peer: Start
     line = wait_for_line(server, address, "tcp/accept ]:")
     to_client = 2 * (10 + 4) + 2 * (22 + 5)
     assert f": {to_client} -> 127.0.0.1.{address[1]} 127.0.0.1.{server.port} -> 18: " in line
-    ends = [m for m in server.messages if "udp/udpassociate ]:" in m and f" 127.0.0.1.{association.relay[1]} " in m]
+    ends = [
+        m
+        for m in server.messages
+        if "udp/udpassociate ]:" in m and f" 127.0.0.1.{association.relay[1]} " in m
+    ]
     assert len(ends) == 2
-    assert sum(f"-> 28/2, 8/2 -> 127.0.0.1." in m and f" 127.0.0.1.{four.port} -> 8/2: " in m for m in ends) == 1
-    assert sum(f"-> 54/2, 10/2 -> ::1." in m and f" ::1.{six.port} -> 10/2: " in m for m in ends) == 1
+    assert (
+        sum("-> 28/2, 8/2 -> 127.0.0.1." in m and f" 127.0.0.1.{four.port} -> 8/2: " in m for m in ends) == 1
+    )
+    assert sum("-> 54/2, 10/2 -> ::1." in m and f" ::1.{six.port} -> 10/2: " in m for m in ends) == 1
 
 
-def test_every_datagram_is_counted_with_its_header_on_the_client_side(server: Server, peer: StartPeer) -> None:
+def test_every_datagram_is_counted_with_its_header_on_the_client_side(
+    server: Server, peer: StartPeer
+) -> None:
     echo, sink = peer("udp-echo"), peer("udp-sink")
     with associate(server) as association:
-        address, udp_port, relay_port = association.client.address, association.udp.address[1], association.relay[1]
+        address, udp_port, relay_port = (
+            association.client.address,
+            association.udp.address[1],
+            association.relay[1],
+        )
         association.send(*sink.address, b"lost")
         association.exchange(echo, b"12345")
         association.exchange(echo, b"")
     line = wait_for_record(server, "udp/udpassociate ]:", f" 127.0.0.1.{relay_port} ")
     assert f": 25/2 -> 127.0.0.1.{udp_port} 127.0.0.1.{relay_port} -> 39/3, 9/3 -> 127.0.0.1." in line
-    assert re.search(r" 0\.0\.0\.0\.0 -> 5/2: local client error \(Connection reset by peer\)\.  Session duration: ", line)
+    assert re.search(
+        r" 0\.0\.0\.0\.0 -> 5/2: local client error \(Connection reset by peer\)\.  Session duration: ", line
+    )
     assert f": 25 -> 127.0.0.1.{address[1]} " in wait_for_line(server, address, "tcp/accept ]:")
 
 
@@ -192,7 +219,9 @@ def test_socks4_has_no_udp(server: Server) -> None:
         client.expect_end_or_reset()
 
 
-def test_target_of_a_family_without_external_is_dropped_alone(sockd: Any, private_world: World, peer: StartPeer) -> None:
+def test_target_of_a_family_without_external_is_dropped_alone(
+    sockd: Any, private_world: World, peer: StartPeer
+) -> None:
     server = sockd(IPV4_HEAD + CLIENT_PASS + SOCKS_PASS, world=private_world)
     six, four = peer("udp-echo", "::1"), peer("udp-echo")
     with associate(server) as association:
@@ -213,7 +242,9 @@ def test_only_the_host_of_the_tcp_client_may_use_the_relay(server: Server, peer:
         stranger.send(association.relay, "127.0.0.1", target.port, b"mine now")
         association.exchange(target, b"pong")
         name = f"127.0.0.2.{stranger.address[1]}"
-        wait_for_record(server, "udp/udpassociate -:", "expected udp packet from clientaddress", f"got it from {name}")
+        wait_for_record(
+            server, "udp/udpassociate -:", "expected udp packet from clientaddress", f"got it from {name}"
+        )
     assert [data for data, _ in target.seen] == [b"ping", b"pong"]
 
 
@@ -236,7 +267,9 @@ def test_port_in_the_request_is_the_only_one_that_may_send(server: Server, peer:
 
 
 @pytest.mark.parametrize("port", [0, 53])
-@pytest.mark.parametrize("dst", [b"0.0.0.0", b"0", b"", b"nobody.test", b"\xff\n", b"n" * 255, "198.51.100.1", "fd00::1"])
+@pytest.mark.parametrize(
+    "dst", [b"0.0.0.0", b"0", b"", b"nobody.test", b"\xff\n", b"n" * 255, "198.51.100.1", "fd00::1"]
+)
 def test_odd_address_in_the_request_is_neither_resolved_nor_held_against_the_client(
     server: Server, peer: StartPeer, dst: str | bytes, port: int
 ) -> None:
@@ -246,7 +279,9 @@ def test_odd_address_in_the_request_is_neither_resolved_nor_held_against_the_cli
         wait_for_record(server, "udp/udpassociate [:", f" 127.0.0.1.{association.relay[1]}")
 
 
-def test_name_in_the_request_is_never_looked_up(private_world: World, tmp_path: Any, sockd: Any, peer: StartPeer) -> None:
+def test_name_in_the_request_is_never_looked_up(
+    private_world: World, tmp_path: Any, sockd: Any, peer: StartPeer
+) -> None:
     with contextlib.closing(NameServer({"slow.test": None})) as names:
         server = sockd(HEAD + CLIENT_PASS + SOCKS_PASS, world=world_that_asks(names, private_world, tmp_path))
         target = peer("udp-echo")
@@ -295,7 +330,9 @@ BAD_DATAGRAMS = {
 
 @pytest.mark.parametrize("bad", BAD_DATAGRAMS.values(), ids=BAD_DATAGRAMS)
 @pytest.mark.parametrize("when", ["first", "later"])
-def test_bad_datagram_is_dropped_and_hurts_no_other(server: Server, peer: StartPeer, bad: bytes, when: str) -> None:
+def test_bad_datagram_is_dropped_and_hurts_no_other(
+    server: Server, peer: StartPeer, bad: bytes, when: str
+) -> None:
     target = peer("udp-echo")
     with associate(server) as association:
         if when == "later":
@@ -303,7 +340,9 @@ def test_bad_datagram_is_dropped_and_hurts_no_other(server: Server, peer: StartP
         association.udp.send_raw(association.relay, bad)
         association.exchange(target, b"ping")
         association.exchange(target, b"pong")
-        line = wait_for_record(server, "block(", f" 127.0.0.1.{association.relay[1]} -> ", "udp/udpassociate -:")
+        line = wait_for_record(
+            server, "block(", f" 127.0.0.1.{association.relay[1]} -> ", "udp/udpassociate -:"
+        )
         assert line.isprintable()
 
 
@@ -360,7 +399,9 @@ def test_each_datagram_is_judged_by_its_target(server: Server, peer: StartPeer) 
 
 
 @pytest.mark.parametrize("blocked_comes_first", [True, False])
-def test_each_sender_of_an_answer_is_judged(open_server: Server, peer: StartPeer, blocked_comes_first: bool) -> None:
+def test_each_sender_of_an_answer_is_judged(
+    open_server: Server, peer: StartPeer, blocked_comes_first: bool
+) -> None:
     target, blocked, other = peer("udp-echo"), peer("udp-sink", BLOCKED_SENDER), peer("udp-sink", "127.0.0.7")
     with associate(open_server) as association:
         if blocked_comes_first:
@@ -420,15 +461,21 @@ def test_without_connectdst_anybody_may_answer(open_server: Server, peer: StartP
 
 
 def test_command_that_no_rule_passes_is_refused(sockd: Any, private_world: World) -> None:
-    server = sockd(HEAD + CLIENT_PASS + rule("socks pass", "from: 0/0 to: 0/0", "command: connect"), world=private_world)
+    server = sockd(
+        HEAD + CLIENT_PASS + rule("socks pass", "from: 0/0 to: 0/0", "command: connect"), world=private_world
+    )
     with Client(server.addresses[0]) as client:
         reply = client.open5(UDP_ASSOCIATE, "0.0.0.0", 0)
         assert reply.code == 2
         client.expect_end()
 
 
-def test_port_range_is_kept_and_its_exhaustion_refused(sockd: Any, private_world: World, peer: StartPeer) -> None:
-    limited = rule("socks pass", "from: 0/0 to: 0/0", "udp.portrange: 20000-20001", "log: connect disconnect error")
+def test_port_range_is_kept_and_its_exhaustion_refused(
+    sockd: Any, private_world: World, peer: StartPeer
+) -> None:
+    limited = rule(
+        "socks pass", "from: 0/0 to: 0/0", "udp.portrange: 20000-20001", "log: connect disconnect error"
+    )
     server = sockd(HEAD + CLIENT_PASS + limited, world=private_world)
     target = peer("udp-echo")
     with associate(server) as first:
@@ -449,7 +496,9 @@ def test_port_range_is_kept_and_its_exhaustion_refused(sockd: Any, private_world
 # ------------------------------ names ------------------------------
 
 
-def test_slow_name_delays_nobody_else(private_world: World, tmp_path: Any, sockd: Any, peer: StartPeer) -> None:
+def test_slow_name_delays_nobody_else(
+    private_world: World, tmp_path: Any, sockd: Any, peer: StartPeer
+) -> None:
     with contextlib.closing(NameServer({"slow.test": None, "good.test": [["127.0.0.1"]]})) as names:
         server = sockd(HEAD + CLIENT_PASS + SOCKS_PASS, world=world_that_asks(names, private_world, tmp_path))
         target, tcp_target = peer("udp-echo"), peer("echo")
@@ -470,7 +519,9 @@ def test_name_that_rebinds_stays_with_the_address_that_was_judged(
 ) -> None:
     block = rule("socks block", "from: 0/0 to: 127.0.0.2/32", "log: connect")
     with contextlib.closing(NameServer({"rebind.test": [["127.0.0.1"], ["127.0.0.2"]]})) as names:
-        server = sockd(HEAD + CLIENT_PASS + block + SOCKS_PASS, world=world_that_asks(names, private_world, tmp_path))
+        server = sockd(
+            HEAD + CLIENT_PASS + block + SOCKS_PASS, world=world_that_asks(names, private_world, tmp_path)
+        )
         target = peer("udp-echo", "0.0.0.0")
         with associate(server) as association:
             for _ in range(3):
@@ -526,7 +577,9 @@ def test_idle_association_is_closed(sockd: Any, private_world: World, peer: Star
         server.check_resources()
 
 
-def test_timeout_of_tcp_does_not_end_an_association(sockd: Any, private_world: World, peer: StartPeer) -> None:
+def test_timeout_of_tcp_does_not_end_an_association(
+    sockd: Any, private_world: World, peer: StartPeer
+) -> None:
     server = sockd(HEAD + "timeout.io.tcp: 1\n" + CLIENT_PASS + SOCKS_PASS, world=private_world)
     target, tcp_target = peer("udp-echo"), peer("discard")
     with associate(server) as association, Client(server.addresses[0]) as client:
@@ -539,7 +592,9 @@ def test_bytes_on_the_control_connection_are_noticed_and_ignored(server: Server,
     target = peer("udp-echo")
     with associate(server) as association:
         association.client.send(b"junk")
-        wait_for_line(server, association.client.address, "notice: ", "4 unexpected bytes over control connection")
+        wait_for_line(
+            server, association.client.address, "notice: ", "4 unexpected bytes over control connection"
+        )
         association.exchange(target, b"ping")
 
 
