@@ -3780,9 +3780,8 @@ class Log:
     Shared by all threads of a process; it holds no lock, as a record is one system call.
     """
 
-    def __init__(self, program: str, debug: int = 0) -> None:
+    def __init__(self, program: str) -> None:
         self.program = program
-        self.debug_level = debug
         self.source = ""
         self.take_over()
         self.targets: tuple[LogTarget, ...] = ()
@@ -3873,10 +3872,6 @@ class Log:
             for target in self.error_targets:
                 target.write(stamp, self.source, severity, f"{level}: {text}")
 
-    def debug(self, text: str) -> None:
-        if self.debug_level:
-            self.write("debug", text)
-
 
 def describe_client(endpoint: Endpoint, method: str = "none", user: str = "") -> str:
     """Return a client as Dante prints it: with method and user where it has named itself.
@@ -3916,6 +3911,9 @@ LOGS_AN_ERROR = frozenset({"error", "disconnect"})
 # module does; structures and constants name the header that they come from.
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_KEEPCAPS = 8  # linux/prctl.h
+CAP_DAC_READ_SEARCH, CAP_NET_BIND_SERVICE = 2, 10  # linux/capability.h
+CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
 SIOCATMARK = 0x8905  # asm-generic/sockios.h
@@ -3954,6 +3952,15 @@ def prctl(option: int, value: int) -> None:
     """prctl(2) with one argument."""
     if load_library("").prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
         raise system_error("prctl")
+
+
+def set_capabilities(mask: int) -> None:
+    """Set this process's permitted and effective capabilities, with none inheritable (capset(2))."""
+    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    data = struct.pack("=6I", low, low, 0, high, high, 0)
+    if load_library("").capset(header, data) != 0:
+        raise system_error("capset")
 
 
 def release_memory() -> None:
@@ -4109,7 +4116,7 @@ def describe_tcp_info(connections: Sequence[socket.socket]) -> str:
     except OSError:
         return ""
     lines = ["", "TCP_INFO:"]
-    for members in zip(*columns):
+    for members in zip(*columns, strict=True):
         name, values = members[0][0], " <-> ".join(value for _, value in members)
         lines.append(f"tcpi_{name:<16}: {values}" if name else "")
     return "\n".join(lines)
@@ -4615,7 +4622,29 @@ def check_powerless() -> None:
         raise PermissionError(errno.EPERM, "privileges came back after they were dropped")
 
 
-def drop_privileges(account: Account | None, root: str, groups: Iterable[int] = ()) -> None:
+def check_jail(root: str) -> None:
+    """ConfigError unless we can make a directory our root."""
+    if root and not os.path.isdir(root):
+        raise ConfigError(f'cannot chroot to "{root}": there is no such directory')
+    if root and os.geteuid() != 0:
+        raise ConfigError(f'cannot chroot to "{root}": only root can (chroot, --chroot)')
+
+
+def become_privileged(account: Account) -> None:
+    """Take the identity of user.privileged, keeping what a warden that is not root needs.
+
+    That is to read the shadow file and PAM's, and to bind privileged ports; root's other powers go.
+    """
+    if account.uid == 0:
+        return
+    prctl(PR_SET_KEEPCAPS, 1)
+    os.setgroups(list(account.groups))
+    os.setresgid(account.gid, account.gid, account.gid)
+    os.setresuid(account.uid, account.uid, account.uid)
+    set_capabilities(1 << CAP_DAC_READ_SEARCH | 1 << CAP_NET_BIND_SERVICE)
+
+
+def drop_privileges(account: Account | None, root: str) -> None:
     """Give up root directory and identity for good; OSError or PermissionError if that fails.
 
     Each step needs the power that a later one takes away, so their order is the content.
@@ -4624,7 +4653,7 @@ def drop_privileges(account: Account | None, root: str, groups: Iterable[int] = 
         os.chroot(root)
         os.chdir("/")
     if account is not None and os.geteuid() == 0:
-        os.setgroups(list(groups))
+        os.setgroups([])
         os.setresgid(account.gid, account.gid, account.gid)
         os.setresuid(account.uid, account.uid, account.uid)
         if account.uid != 0:
@@ -4729,8 +4758,15 @@ class Channel:
     def ask(self, favour: Favour, fields: Sequence[bytes], seconds: float) -> tuple[list[bytes], list[int]]:
         """Return the answer to a question and the descriptors that came with it, which the caller owns.
 
-        DeadlinePassed when it takes longer than `seconds`; SockdError when the helper died over it.
+        DeadlinePassed when it takes longer than `seconds`; SockdError when the helper died over it, or no
+        descriptor is left to ask with.
         """
+        try:
+            return self._ask(favour, fields, seconds)
+        except OSError as error:
+            raise SockdError(f"cannot ask to {favour.name.lower()}: {error.strerror}") from None
+
+    def _ask(self, favour: Favour, fields: Sequence[bytes], seconds: float) -> tuple[list[bytes], list[int]]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             with theirs:
@@ -5060,7 +5096,7 @@ class Waiter(selectors.PollSelector):
     def wait(self, deadline: float) -> list[tuple[int, int]]:
         """Return (descriptor, poll events) pairs; none when the deadline has passed."""
         milliseconds = poll_milliseconds(deadline)
-        return self._selector.poll(milliseconds)  # type: ignore[attr-defined,no-any-return]
+        return self._selector.poll(milliseconds)  # type: ignore[attr-defined]
 
     def watch(self, descriptor: int, events: int) -> None:
         self._selector.register(descriptor, events)  # type: ignore[attr-defined]
@@ -5081,7 +5117,18 @@ class SideFailed(SockdError):
 class Side:
     """One end of a session: its socket, and what has passed through it.  Owned by the session's thread."""
 
-    __slots__ = ("backlog", "connection", "finished", "peer", "received", "sent", "size", "title", "urgent")
+    __slots__ = (
+        "backlog",
+        "connection",
+        "finished",
+        "peer",
+        "reading",
+        "received",
+        "sent",
+        "size",
+        "title",
+        "urgent",
+    )
 
     def __init__(self, connection: socket.socket, title: str) -> None:
         self.connection = connection
@@ -5093,6 +5140,7 @@ class Side:
         self.finished = False  # its FIN has been read
         self.backlog = b""  # read from the peer, not yet taken by this side
         self.urgent = False  # the backlog is a single urgent byte
+        self.reading = READABLE  # what poll is asked for when the side is to be read
 
     def receive(self) -> bytes | None:
         """Return what the side has sent: b"" for its FIN, None if there is nothing after all; SideFailed."""
@@ -5216,7 +5264,7 @@ class TcpRelay:
         for descriptor, side in self.sides.items():
             mask = select.POLLOUT if side.backlog else 0
             if not side.finished and not side.peer.backlog:
-                mask |= READABLE
+                mask |= side.reading
             if mask != self.masks[descriptor]:
                 self.masks[descriptor] = mask
                 self.waiter.watch(descriptor, mask)
@@ -5242,6 +5290,11 @@ class TcpRelay:
             peer.urgent = True
         else:
             data = side.receive()
+        if (data is not None) != (side.reading == READABLE):
+            # The urgent byte may lie behind a gap that a hostile peer never fills: poll would report it
+            # for ever.  So its news are listened to again when something has come.
+            side.reading = select.POLLIN if data is None and mask & select.POLLPRI else READABLE
+            self._watch()
         if data is None:
             return
         if self.observe is not None:
@@ -6992,6 +7045,7 @@ class Warden:
 
 DEFAULT_PIDFILE = "/var/run/sockd.pid"
 DEFAULT_CONFIG = "/etc/sockd.conf"
+DEBUG_EVENTS = frozenset({"connect", "disconnect", "error", "ioop"})
 PIDFILE_MODE = 0o644  # As Dante.
 FALLBACK_USER = "nobody"  # where root starts us and user.unprivileged is not set
 RESPAWN_SECONDS = 1.0  # at least this long between two forks of a child that keeps dying
@@ -7047,6 +7101,14 @@ def find_missing_libraries(config: Config) -> tuple[Complaint, ...]:
     return ()
 
 
+def log_everything(config: Config) -> Config:
+    """Return a configuration whose rules all log.  As Dante: that is what a debug level above 0 does."""
+    return config._replace(
+        client_rules=tuple(rule._replace(log=rule.log | DEBUG_EVENTS) for rule in config.client_rules),
+        socks_rules=tuple(rule._replace(log=rule.log | DEBUG_EVENTS) for rule in config.socks_rules),
+    )
+
+
 def read_config(options: Options) -> tuple[Config | None, tuple[Complaint, ...]]:
     """Parse the configuration file and check what needs this machine; opens no port."""
     path = options.config_file
@@ -7059,6 +7121,8 @@ def read_config(options: Options) -> tuple[Config | None, tuple[Complaint, ...]]
     config, complaints = parse_config(text, path, SystemSurroundings())
     if config is None:
         return None, complaints
+    if config.debug if options.debug is None else options.debug:
+        config = log_everything(config)
     more = (*find_unsupported(config), *find_unusable_externals(config), *find_missing_libraries(config))
     return (None if more else config), (*complaints, *more)
 
@@ -7135,19 +7199,24 @@ def raise_descriptor_limit(log: Log) -> None:
         log.write("warning", f"could not raise the limit of {soft} open files: {error}")
 
 
-def daemonize() -> None:
-    """Go on in a child without a terminal, and let the caller's shell go on.
+def daemonize() -> int:
+    """Go on in a child without a terminal; return the descriptor on which the caller waits for one byte.
 
     As Dante: one fork, no change of directory, umask 022, standard descriptors on /dev/null.
+    Unlike Dante: the caller's shell goes on when clients are served and the pid file is written.
     """
+    waiting, ready = os.pipe()
     if os.fork():
-        os._exit(0)
+        os.close(ready)
+        os._exit(0 if os.read(waiting, 1) else 1)
+    os.close(waiting)
     os.setsid()
     os.umask(0o022)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
     os.close(null)
+    return ready
 
 
 class Mother:
@@ -7160,6 +7229,7 @@ class Mother:
         self.listeners: dict[Endpoint, socket.socket] = {}  # by the address as configured
         self.children: dict[int, Child] = {}
         self.generation = 0
+        self.accounts: tuple[Account | None, Account | None] = (None, None)  # privileged, unprivileged
         self.pidfile = Pidfile(options.pidfile or DEFAULT_PIDFILE)
         self.resolver_inbox = self.warden_inbox = (socket.socket(), socket.socket())
         self.wakeup = (-1, -1)
@@ -7172,30 +7242,33 @@ class Mother:
     def start(self) -> None:
         """Bind, open, fork: all that can fail does so before -D lets the caller go; ConfigError, OSError."""
         self.open_logs()
-        self.accounts = self.find_accounts()
+        self.accounts = self.find_accounts(self.config)
         raise_descriptor_limit(self.log)
         self.resolver_inbox, self.warden_inbox = make_inbox(), make_inbox()
         self.listeners = self.bind_listeners(self.config, {})
         self.take_pidfile()
         preload()
-        if self.options.daemon:
-            daemonize()
-            self.log.take_over()
+        caller = daemonize() if self.options.daemon else -1
+        self.log.take_over()
         self.write_pid()
         self.catch_signals()
         self.announce_listeners(self.listeners)
         self.spawn_children()
+        if caller >= 0:
+            os.write(caller, b".")
+            os.close(caller)
 
     def open_logs(self) -> None:
-        level = self.config.debug if self.options.debug is None else self.options.debug
-        self.log.debug_level = level
         self.log.open(self.config.logoutput, self.config.errorlog)
 
-    def find_accounts(self) -> tuple[Account | None, Account | None]:
-        """Return the accounts to run as: (privileged, unprivileged); None where we stay who we are."""
+    def find_accounts(self, config: Config) -> tuple[Account | None, Account | None]:
+        """Return the accounts to run as: (privileged, unprivileged); None where we stay who we are.
+
+        ConfigError where an account or the jail cannot be had.
+        """
+        check_jail(self.options.chroot or config.chroot)
         if os.geteuid() != 0:
             return None, None
-        config = self.config
         privileged = find_account(config.user_privileged) if config.user_privileged else None
         if config.user_unprivileged:
             unprivileged = find_account(config.user_unprivileged)
@@ -7324,6 +7397,8 @@ class Mother:
         """The life of the warden, in its process."""
         for listener in self.listeners.values():
             listener.close()
+        if self.accounts[0] is not None:
+            become_privileged(self.accounts[0])
         return run_helper(self.serving(), self.warden_inbox[0], control, Warden(self.config))
 
     def order(self, child: Child, order: Order) -> None:
@@ -7375,14 +7450,16 @@ class Mother:
         try:
             if config is None:
                 raise ConfigError("the running configuration is kept")
+            accounts = self.find_accounts(config)
             listeners = self.bind_listeners(config, self.listeners)
         except ConfigError as error:
             self.log_complaints(complaints)
             self.log.write("error", f"SIGHUP ]: config not reloaded: {error}")
             return
-        if config == self.config:
+        if (config, accounts) == (self.config, self.accounts):
             self.reopen_logs()
         else:
+            self.accounts = accounts
             self.switch(config, listeners)
         self.log_complaints(complaints)
         self.log.write("info", "SIGHUP ]: config reloaded.  Broadcasting to children to do the same")
@@ -7406,10 +7483,6 @@ class Mother:
         old_listeners, self.listeners = self.listeners, listeners
         self.config = config
         self.open_logs()
-        try:
-            self.accounts = self.find_accounts()
-        except ConfigError as error:
-            self.log.write("error", f"{error}; the accounts stay as they were")
         self.generation += 1
         self.due = []
         self.announce_listeners(e for e in listeners if e not in old_listeners)

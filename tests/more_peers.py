@@ -115,7 +115,7 @@ def highest_descriptor(server: Server) -> int:
 
 
 def count_keepalive_timers(*ports: int) -> int:
-    """Count the established IPv4 connections from these ports that have a keep-alive timer, once all is read."""
+    """Count the established IPv4 connections from these ports with a keep-alive timer, once all is read."""
 
     def read_timers() -> list[str]:
         rows = [line.split() for line in Path("/proc/thread-self/net/tcp").read_text().splitlines()[1:]]

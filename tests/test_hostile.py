@@ -45,6 +45,9 @@ pytestmark = pytest.mark.root
 StartPeer = Callable[..., Any]
 
 
+ALICE = greeting([PASSWORD_METHOD]) + password_message(b"alice", b"wonderland")
+
+
 def write_config(password_file: Any) -> str:
     """Write a configuration that takes clients with and without a password, for CONNECT only."""
     head = HEAD.replace("socksmethod: none", "socksmethod: username none")
@@ -111,7 +114,7 @@ def test_client_that_sends_a_byte_at_a_time_is_cut_off_at_the_total_time(
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Client(server.addresses[0])) for _ in range(6)]
         drips = (drip_greeting, drip_password, drip_request, drip_user, drip_name)
-        left = {client.sock: iter(drip(client)) for client, drip in zip(clients, drips)}
+        left = {client.sock: iter(drip(client)) for client, drip in zip(clients, drips, strict=False)}
         left[clients[-1].sock] = iter(b"")  # says nothing at all
         for _ in range(30):
             for connection, message in left.items():
@@ -195,9 +198,15 @@ def test_server_without_descriptors_turns_clients_away_and_recovers(
 
 @pytest.mark.parametrize(
     ("command", "host"),
-    [(CONNECT, "127.0.0.1"), (CONNECT, "::1"), (CONNECT, "echo.test"), (BIND, "0.0.0.0"), (BIND, "two.test"), (UDP_ASSOCIATE, "0.0.0.0")],
-    ids=["ipv4", "ipv6", "name", "bind", "bind-name", "udp"],
-)  # fmt: skip
+    [
+        pytest.param(CONNECT, "127.0.0.1", id="ipv4"),
+        pytest.param(CONNECT, "::1", id="ipv6"),
+        pytest.param(CONNECT, "echo.test", id="name"),
+        pytest.param(BIND, "0.0.0.0", id="bind"),
+        pytest.param(BIND, "two.test", id="bind-name"),
+        pytest.param(UDP_ASSOCIATE, "0.0.0.0", id="udp"),
+    ],
+)
 def test_request_is_answered_when_descriptors_have_run_out(
     sockd: Any, private_world: World, command: int, host: str
 ) -> None:
@@ -243,7 +252,7 @@ def test_handshake_cut_anywhere_leads_nowhere(server: Server, peer: StartPeer) -
         greeting() + request5(CONNECT, "127.0.0.1", canary.port),
         greeting() + request5(CONNECT, "echo.test", canary.port),
         greeting() + request5(CONNECT, "::1", canary.port),
-        greeting([PASSWORD_METHOD]) + password_message(b"alice", b"wonderland") + request5(CONNECT, "127.0.0.1", canary.port),
+        ALICE + request5(CONNECT, "127.0.0.1", canary.port),
         request4(CONNECT, "127.0.0.1", canary.port, b"user"),
         request4(CONNECT, "echo.test", canary.port, b"user"),
     ]  # fmt: skip
@@ -265,7 +274,7 @@ def test_random_bytes_and_spoiled_handshakes_hurt_nobody(server: Server, peer: S
     target = peer("echo")
     originals = [
         greeting() + request5(CONNECT, "127.0.0.1", target.port) + b"data",
-        greeting([PASSWORD_METHOD]) + password_message(b"alice", b"wonderland") + request5(CONNECT, "echo.test", target.port),
+        ALICE + request5(CONNECT, "echo.test", target.port),
         request4(CONNECT, "echo.test", target.port, b"user") + b"data",
     ]  # fmt: skip
     for number in range(400):

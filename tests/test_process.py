@@ -104,6 +104,14 @@ def check_service(server: Server, peer: Callable[..., Any], index: int = 0) -> N
         assert client.exchange(b"service") == b"service"
 
 
+def settle(server: Server, peer: Callable[..., Any]) -> None:
+    """Wait until new children have taken the place of the old ones, and take them as the baseline."""
+    # Mother, resolver, warden and worker.
+    eventually(lambda: len(server.processes()) == 4)
+    check_service(server, peer)
+    server.take_baseline()
+
+
 def count(server: Server, text: str) -> int:
     """Count the records that hold a text."""
     return sum(text in message for message in server.messages)
@@ -308,12 +316,12 @@ def test_second_instance_is_refused_in_one_line(
     check_service(server, peer)
 
 
-def test_pid_file_stays_locked_after_reload(sockd: Factory, tmp_path: Path) -> None:
+def test_pid_file_stays_locked_after_reload(sockd: Factory, peer: Callable[..., Any]) -> None:
     server = sockd(CONFIG)
     server.reload(changed(CONFIG))
-    server.take_baseline()
     with server.pid_path.open() as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    settle(server, peer)
 
 
 # ------------------------------ -D ------------------------------
@@ -580,7 +588,10 @@ def test_reload_leaves_a_live_session_its_rule_and_log_flags(
         (lambda text: text.replace("external:", "extrenal:"), r"{path}:3:1: .*extrenal"),
         (lambda text: text.replace("socks pass {", "socks pass"), r"{path}:1[23]:\d+: "),
         (lambda text: text.replace("127.0.0.1 port = 0", "127.0.0.1 port = x y"), r"{path}:2:\d+: "),
-        (lambda text: text.replace("external: 127.0.0.1", "external: 192.0.2.77"), r"{path}:3:\d+: .*192\.0\.2\.77"),
+        (
+            lambda text: text.replace("external: 127.0.0.1", "external: 192.0.2.77"),
+            r"{path}:3:\d+: .*192\.0\.2\.77",
+        ),
         (lambda text: text.replace("internal: 127.0.0.1", "internal: 192.0.2.77"), r"192\.0\.2\.77"),
         (lambda text: "", r"{path} is empty"),
         (None, r"{path}: No such file or directory"),
@@ -710,10 +721,7 @@ def test_reload_storm_loses_no_client(sockd: Factory, peer: Callable[..., Any]) 
     assert not failures
     assert len(served) >= 25
     assert read_process(server.pid)
-    # Mother, resolver, warden and worker; those of earlier configurations have gone home.
-    eventually(lambda: len(server.processes()) == 4)
-    check_service(server, peer)
-    server.take_baseline()
+    settle(server, peer)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -806,7 +814,7 @@ def test_killed_worker_is_replaced(
     check_service(server, peer)
     eventually(lambda: count(server, f"warning: worker {worker} exited unexpectedly on signal SIGKILL") == 1)
     assert find_worker(server) != worker
-    eventually(lambda: len(server.processes()) == 4)
+    eventually(lambda: len(server.processes()) == 4 and count(server, " running") == 2)
     server.take_baseline()
 
 
@@ -868,5 +876,5 @@ def test_no_zombie_is_left_by_anything(sockd: Factory, peer: Callable[..., Any],
     eventually(lambda: not [p for p in server.processes() if p.state == "Z"])
     server.reload(changed(server.config_path.read_text()))
     eventually(lambda: not [p for p in server.processes() if p.state == "Z"])
-    eventually(lambda: len(server.processes()) == 4)
+    eventually(lambda: len(server.processes()) == 4 and count(server, " running") == 2)
     server.take_baseline()

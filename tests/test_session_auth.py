@@ -446,8 +446,10 @@ def test_password_guards_udp_as_well(sockd: Any, private_world: World, password_
 
 # The expression of fail2ban's own filter.d/dante.conf, with its HOST as it stands there for IPv4.
 FAIL2BAN = re.compile(
-    r"info: block\(1\): tcp/accept \]: (?P<host>[\d.]+)\.\d+ [\d.]+: error after reading \d+ bytes in \d+ seconds: "
-    r"(?:could not access user \"[^\"]*\"'s records|system password authentication failed for user \"[^\"]*\")"
+    r"info: block\(1\): tcp/accept \]: (?P<host>[\d.]+)\.\d+ [\d.]+: "
+    r"error after reading \d+ bytes in \d+ seconds: "
+    r"(?:could not access user \"[^\"]*\"'s records"
+    r"|system password authentication failed for user \"[^\"]*\")"
 )
 
 

@@ -98,9 +98,14 @@ by_feed = pytest.mark.parametrize("feed", FEEDS.values(), ids=FEEDS)
 @by_feed
 @pytest.mark.parametrize(
     ("expected", "source"),
-    [(ANYBODY, "127.0.0.1"), (ANYBODY, "127.0.0.3"), ("127.0.0.2", "127.0.0.2"), ("two.test", "127.0.0.2"), (b"127.0.0.2", "127.0.0.2")],
-    ids=["anybody", "anybody-else", "address", "name", "address-as-name"],
-)  # fmt: skip
+    [
+        pytest.param(ANYBODY, "127.0.0.1", id="anybody"),
+        pytest.param(ANYBODY, "127.0.0.3", id="anybody-else"),
+        pytest.param("127.0.0.2", "127.0.0.2", id="address"),
+        pytest.param("two.test", "127.0.0.2", id="name"),
+        pytest.param(b"127.0.0.2", "127.0.0.2", id="address-as-name"),
+    ],
+)
 def test_both_replies_name_their_ends_and_data_flows(
     server: Server, feed: Feed, expected: str | bytes, source: str
 ) -> None:

@@ -655,12 +655,14 @@ def read_and_leave_open(server: Server, client: Client) -> None:
     wait_for_line(server, client.address, "tcp/connect ]:")
 
 
+LOCAL_RESET = "local client error (Connection reset by peer)"
+REMOTE_RESET = "remote peer error (Connection reset by peer)"
 ENDINGS = [
     pytest.param("127.0.0.1", "echo", finish, "local client closed", id="client-first"),
     pytest.param("127.0.0.1", "greeter", read_to_the_end_and_close, "remote peer closed", id="target-first"),
     pytest.param("127.0.0.1", "closer", read_to_the_end_and_close, "remote peer closed", id="target-at-once"),
-    pytest.param("127.0.0.1", "discard", reset_client, "local client error (Connection reset by peer)", id="client-resets"),
-    pytest.param("127.0.0.1", "resetter", expect_a_reset, "remote peer error (Connection reset by peer)", id="target-resets"),
+    pytest.param("127.0.0.1", "discard", reset_client, LOCAL_RESET, id="client-resets"),
+    pytest.param("127.0.0.1", "resetter", expect_a_reset, REMOTE_RESET, id="target-resets"),
     pytest.param(IDLE_HOST, "discard", wait, "i/o timeout", id="idle"),
     pytest.param(
         FIN_WAIT_HOST, "holder", finish,
