@@ -2482,7 +2482,7 @@ def fill_socks_methods(parser: Parser, draft: Draft, commands: frozenset[str]) -
     if draft.context != "socks":
         return known
     methods = tuple(method for method in known if suits(method, draft.values, commands))
-    if known and not methods:
+    if known and not methods and not commands <= REPLY_COMMANDS:
         parser.warn(
             "no global method suits this rule, so it can never match",
             draft.head,
@@ -6841,6 +6841,8 @@ class Worker:
         """Run one session; an error of ours ends this session and no other."""
         try:
             serve_client(session)
+        except MemoryError:
+            self.complain("out of memory")
         except Exception as error:  # the one place for what nobody expected
             self.log.write(
                 "error", f"internal error in the session of {session.client}: {describe_bug(error)}"
@@ -7566,6 +7568,8 @@ class Mother:
 
     def end(self) -> int:
         """Close the listeners, end the children, and leave nothing behind; return the exit status."""
+        for number in self.handlers:
+            signal.signal(number, signal.SIG_IGN)  # impatient callers repeat theirs; the end is on its way
         for listener in self.listeners.values():
             listener.close()
         for child in self.children.values():

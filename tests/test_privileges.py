@@ -279,6 +279,18 @@ def test_missing_jail_refuses_the_start(how: str, config: str, tmp_path: Path) -
     assert "/nonexistent/jail" in errors[0]
 
 
+def test_missing_jail_at_reload_keeps_the_rules(
+    sockd: Factory, peer: Callable[..., Any], config: str, jail: Path
+) -> None:
+    server = sockd(f"chroot: {jail}\n{config}")
+    worker = find_worker(server)
+    server.reload(f"chroot: /nonexistent/jail\n{config}")
+    assert any(record.level == "error" and "/nonexistent/jail" in record.message for record in server.log)
+    use_everything(server, peer)
+    assert find_worker(server) == worker
+    assert os.readlink(f"/proc/{worker}/root") == str(jail)
+
+
 def test_worker_opens_nothing_once_it_serves(
     sockd: Factory, peer: Callable[..., Any], config: str, jail: Path, tmp_path: Path
 ) -> None:
