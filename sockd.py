@@ -424,6 +424,7 @@ class Config(NamedTuple):
     error_logs: tuple[ErrorLog, ...] = ()
     passwordfile: str = ""  # ours: sockd's own accounts for method username
     chroot: str = ""  # ours: the workers' root directory
+    login_penalty: bool = True  # ours: wrong log-ins slow down their source
     client_rules: tuple[Rule, ...] = ()
     hostid_rules: tuple[Rule, ...] = ()
     socks_rules: tuple[Rule, ...] = ()
@@ -1912,6 +1913,8 @@ GLOBAL_KEYWORDS = (
             read_file, ("passwordfile",)),
     Keyword("chroot", IN_GLOBAL, "directory that the workers are locked in",
             read_directory, ("chroot",)),
+    Keyword("login.penalty", IN_GLOBAL, "whether wrong log-ins slow down their source",
+            read_yes_or_no, ("login_penalty",)),
 )  # fmt: skip
 
 TIMEOUT_KEYWORDS = (
@@ -4861,10 +4864,10 @@ def make_inbox() -> tuple[socket.socket, socket.socket]:
     return read_end, write_end
 
 
-def fork_verifier(body: Callable[[], None]) -> int:
+def fork_verifier(body: Callable[[], bool]) -> int:
     """Fork a child that runs a password check and ends, at the latest after VERIFY_SECONDS.
 
-    Return its pid.
+    Return its pid; its exit status will be 0 if the check said yes.
     """
     pid = os.fork()
     if pid:
@@ -4874,8 +4877,7 @@ def fork_verifier(body: Callable[[], None]) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.alarm(VERIFY_SECONDS)
-        body()
-        status = 0
+        status = 0 if body() else 1
     finally:
         os._exit(status)
 
@@ -4893,6 +4895,96 @@ IDENT_PORT = 113  # RFC 1413
 IDENT_SECONDS = 10.0  # As Dante.
 IDENT_BYTES = 1000  # RFC 1413 section 4: a reply has at most 1000 characters
 DUMMY_SETTING = b"$6$sockdsockdsockd."  # for users that do not exist: the work must be the same
+
+
+FREE_FAILURES = 10  # wrong log-ins in a row that cost nothing: people mistype
+FORGET_SECONDS = 60.0  # after so long without a wrong log-in a source starts afresh
+PENALTY_SECONDS = 1.0  # from then on, between two log-ins of one source
+MOST_WAIT_SECONDS = 10.0  # who would have to wait longer is refused at once
+MOST_SOURCES = 4096  # remembered; the one that was quiet for longest is forgotten first
+
+
+class Failures:
+    """Wrong log-ins by source, bounded in number.  Owned by the warden; the clock is passed in.
+
+    A source is an IPv4 address or an IPv6 /64, which is what one attacker has.
+    """
+
+    def __init__(self) -> None:
+        self.sources: dict[
+            str, tuple[int, float, float]
+        ] = {}  # (failures, the last one's time, next free time)
+
+    @staticmethod
+    def find_source(host: str) -> str:
+        """Return the source that a client's address belongs to.
+
+        >>> Failures.find_source("2001:db8::1"), Failures.find_source("192.0.2.1")
+        ('2001:db8::/64', '192.0.2.1')
+        """
+        if ":" not in host:
+            return host
+        network = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8] + bytes(8)
+        return f"{socket.inet_ntop(socket.AF_INET6, network)}/64"
+
+    def note(self, host: str, now: float) -> bool:
+        """Remember a wrong log-in; return whether its source is slowed down from now on."""
+        source = self.find_source(host)
+        failures, last, free = self.sources.pop(source, (0, now, now))
+        failures = failures + 1 if now - last < FORGET_SECONDS else 1
+        if len(self.sources) >= MOST_SOURCES:
+            del self.sources[next(iter(self.sources))]
+        self.sources[source] = failures, now, free
+        return failures == FREE_FAILURES
+
+    def claim(self, host: str, now: float) -> float:
+        """Return how many seconds a log-in has to wait for its turn."""
+        source = self.find_source(host)
+        failures, last, free = self.sources.get(source, (0, now, now))
+        if failures < FREE_FAILURES or now - last >= FORGET_SECONDS:
+            return 0.0
+        wait = max(0.0, free - now)
+        if wait <= MOST_WAIT_SECONDS:
+            self.sources[source] = failures, last, max(free, now) + PENALTY_SECONDS
+        return wait
+
+
+SALT_LETTERS = b"./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def make_setting() -> bytes:
+    """Return a fresh setting for crypt(3): the system's preferred one, or sha512's where it names none."""
+    gensalt = getattr(crypt_library(), "crypt_gensalt", None)
+    if gensalt is not None:
+        gensalt.restype = ctypes.c_char_p
+        setting: bytes | None = gensalt(None, 0, None, 0)
+        if setting:
+            return setting
+    return b"$6$" + bytes(SALT_LETTERS[byte & 63] for byte in os.urandom(16))
+
+
+def add_account(path: str, user: bytes, password: bytes) -> None:
+    """Write an account into a password file, in the place of one of the same name; OSError.
+
+    The file is replaced as a whole, so a server never reads half of it; its owner and mode stay.
+    """
+    line = user + b":" + crypt(password, make_setting())
+    try:
+        with open(path, "rb") as file:
+            lines, state = file.read().splitlines(), os.fstat(file.fileno())
+    except FileNotFoundError:
+        lines, state = [], None
+    kept = [old for old in lines if old.partition(b":")[0].strip() != user]
+    new = f"{path}.new.{os.getpid()}"
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as file:
+        if state is not None:
+            os.fchmod(descriptor, state.st_mode & 0o777)
+            os.fchown(descriptor, state.st_uid, state.st_gid)
+        file.write(b"\n".join([*kept, line, b""]))
+        file.flush()
+        os.fsync(descriptor)
+    os.replace(new, path)
 
 
 class AccountLine(NamedTuple):
@@ -5741,6 +5833,17 @@ class SessionLog:
             self.write("pass", self.client_rule, "tcp/accept", "]", rest + self.tcp_info())
 
 
+def pause(connection: socket.socket, seconds: float) -> None:
+    """Let a client wait; PeerGone if it resets its connection meanwhile."""
+    if not seconds:
+        return
+    try:
+        wait_for(connection.fileno(), 0, time.monotonic() + min(seconds, MOST_WAIT_SECONDS))
+    except DeadlinePassed:
+        return
+    raise PeerGone("eof from local client")
+
+
 def count_until_wrong(decode: Callable[[bytearray], object], data: bytearray) -> int:
     """Return how many bytes a decoder needed to see that a message is wrong.  As Dante.
 
@@ -5941,8 +6044,10 @@ class Session:
             fields += [self.client.host.encode(), self.local.host.encode()]
             try:
                 answer, _ = self.serving.warden.ask(Favour.PASSWORD, fields, PASSWORD_SECONDS)
-                self.verified[key] = answer[0].decode() if answer else "malformed answer"
-            except SockdError as error:
+                fault, wait = answer[0].decode(), float(answer[1])
+                self.verified[key] = fault
+                pause(self.connection, wait)
+            except (SockdError, ValueError, IndexError) as error:
                 self.verified[key] = f'could not check user "{escape_text(self.identity.user)}": {error}'
         return self.verified[key]
 
@@ -6973,18 +7078,37 @@ class Warden:
 
     granted = frozenset({Favour.PASSWORD, Favour.BIND})
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, log: Log) -> None:
         self.config = config
-        self.children: set[int] = set()
+        self.log = log
+        self.children: dict[int, str] = {}  # pid -> the client's address
+        self.failures = Failures()
 
     def grant(self, question: Question) -> None:
         if question.favour == Favour.BIND:
             self.bind(question)
             return
         self.reap(len(self.children) >= VERIFIERS)
-        pid = fork_verifier(lambda: question.reply([self.verify(question.fields).encode()]))
-        self.children.add(pid)
+        host = question.fields[4].decode("latin-1")
+        wait = self.find_wait(host)
+        if wait > MOST_WAIT_SECONDS:
+            question.reply([f"too many wrong log-ins from {Failures.find_source(host)}".encode(), b"0"])
+            return
+        self.children[fork_verifier(lambda: self.answer(question, wait))] = host
         question.answer.close()
+
+    def find_wait(self, host: str) -> float:
+        """Return how long a log-in from an address has to wait; a nonsense address waits too long."""
+        try:
+            return self.failures.claim(host, time.monotonic()) if self.config.login_penalty else 0.0
+        except OSError:
+            return NO_DEADLINE
+
+    def answer(self, question: Question, wait: float) -> bool:
+        """Check a password and say how long the client has to wait for the answer; in the child."""
+        fault = self.verify(question.fields)
+        question.reply([fault.encode(), f"{wait:.3f}".encode()])
+        return not fault
 
     def tidy(self) -> int | None:
         self.reap(must_wait=False)
@@ -6997,10 +7121,13 @@ class Warden:
     def reap(self, must_wait: bool) -> None:
         """Forget the checks that have ended; wait for one if there is no room for another."""
         while self.children:
-            pid, _ = os.waitpid(-1, 0 if must_wait else os.WNOHANG)
+            pid, status = os.waitpid(-1, 0 if must_wait else os.WNOHANG)
             if pid == 0:
                 return
-            self.children.discard(pid)
+            host = self.children.pop(pid)
+            if status and self.failures.note(host, time.monotonic()) and self.config.login_penalty:
+                source = Failures.find_source(host)
+                self.log.write("warning", f"{FREE_FAILURES} wrong log-ins from {source}: slowing it down")
             must_wait = False
 
     def verify(self, fields: list[bytes]) -> str:
@@ -7064,6 +7191,7 @@ class Options(NamedTuple):
     debug: int | None = None
     keepalive: bool = True
     chroot: str = ""
+    add_user: str = ""
     program: str = "sockd"
 
 
@@ -7401,7 +7529,7 @@ class Mother:
             listener.close()
         if self.accounts[0] is not None:
             become_privileged(self.accounts[0])
-        return run_helper(self.serving(), self.warden_inbox[0], control, Warden(self.config))
+        return run_helper(self.serving(), self.warden_inbox[0], control, Warden(self.config, self.log))
 
     def order(self, child: Child, order: Order) -> None:
         """Tell a child what to do; one that is gone will be reaped."""
@@ -7621,6 +7749,8 @@ usage: {program} [-DLVhnv] [-N number] [-d number] [-f file] [-p file] [--chroot
    -p <filename>  : write pid to <filename> [{pidfile}]
    -v             : print version info
    --chroot <dir> : serve clients from within <dir>, which may be empty
+   --add-user <name> : ask for a password, write both to the password file given
+                    by passwordfile in the configuration, and exit
 """
 LICENSE_TEXT = """\
 BSD 2-Clause License
@@ -7660,7 +7790,7 @@ def parse_number_option(letter: str, text: str, low: int) -> int:
     return int(text)
 
 
-SHORT_OPTIONS, LONG_OPTIONS = "DLN:Vd:f:hnp:v", ("chroot=",)
+SHORT_OPTIONS, LONG_OPTIONS = "DLN:Vd:f:hnp:v", ("chroot=", "add-user=")
 OPTION_VALUES: dict[str, Callable[[str], dict[str, object]]] = {
     "-D": lambda _: {"daemon": True},
     "-L": lambda _: {},
@@ -7672,6 +7802,7 @@ OPTION_VALUES: dict[str, Callable[[str], dict[str, object]]] = {
     "-n": lambda _: {"keepalive": False},
     "-p": lambda text: {"pidfile": text},
     "-v": lambda _: {},
+    "--add-user": lambda text: {"add_user": text},
     "--chroot": lambda text: {"chroot": text},
 }
 
@@ -7732,6 +7863,35 @@ def serve(options: Options, config: Config) -> int:
     return mother.run()
 
 
+def read_new_password() -> bytes:
+    """Return a password typed twice at the terminal, or the first line of standard input; ConfigError."""
+    if not os.isatty(0):
+        return sys.stdin.buffer.readline().rstrip(b"\r\n")
+    getpass = importlib.import_module("getpass").getpass  # here: no server needs it
+    first = getpass("New password: ")
+    if getpass("The same again: ") != first:
+        raise ConfigError("the two passwords are not the same")
+    return os.fsencode(first)
+
+
+def add_user(options: Options, config: Config) -> int:
+    """Add an account to sockd's own password file; return the exit status."""
+    user = os.fsencode(options.add_user)
+    if not config.passwordfile:
+        return fail(options.program, f'{options.config_file} names no "passwordfile" to add a user to')
+    if not user or len(user) > 255 or set(user) & set(b":\n\r\0#"):
+        return fail(options.program, 'a user name has 1 to 255 bytes, and no ":", "#" or line end')
+    try:
+        password = read_new_password()
+        if not 1 <= len(password) <= 255:  # RFC 1929 section 2
+            return fail(options.program, "a password has 1 to 255 bytes")
+        add_account(config.passwordfile, user, password)
+    except (ConfigError, OSError) as error:
+        return fail(options.program, f"user not added: {error}")
+    print(f"user {options.add_user} written to {config.passwordfile}")
+    return 0
+
+
 def open_standard_descriptors() -> None:
     """Put /dev/null where the caller has closed a standard descriptor.
 
@@ -7767,6 +7927,8 @@ def main() -> int:
     print_complaints(complaints)
     if config is None:
         return 1
+    if options.add_user:
+        return add_user(options, config)
     return 0 if "-V" in modes else serve(options, config)
 
 

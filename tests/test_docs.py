@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-import sockd as program
 import test_against_dante
 import test_grammar
 from comparison import Unlike
 from conftest import Factory
 from servers import SOCKD, WITHIN, Sockd, need, private_network
+
+import sockd as program
 
 ROOT = SOCKD.parent
 README = (ROOT / "README.md").read_text()
@@ -291,7 +291,7 @@ def test_manual_names_every_signal() -> None:
     page = (ROOT / "packaging/man/sockd.8").read_text()
     section = page.split("\n.Sh SIGNALS\n")[1].split("\n.Sh ")[0]
     names = re.findall(r"SIG[A-Z0-9]+", "".join(re.findall(r"^\.It .*", section, re.MULTILINE)))
-    assert sorted(names) == sorted(number.name for number in program.SIGNALS)
+    assert sorted(names) == sorted(number.name for number in program.Mother.handlers)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -386,9 +386,7 @@ ALLOWED = [("192.0.2.1", 4), ("128.0.0.1", 4), ("2001:db8::1", 6), ("fd00:ec2::2
     ("host", "family", "verdict"),
     [(*target, "block") for target in FORBIDDEN] + [(*target, "pass") for target in ALLOWED],
 )
-def test_shipped_configuration_protects(
-    host: str, family: int, verdict: str, command: str
-) -> None:
+def test_shipped_configuration_protects(host: str, family: int, verdict: str, command: str) -> None:
     config, _ = program.parse_config(
         (ROOT / "sockd.conf").read_text(), "sockd.conf", program.SystemSurroundings()
     )
@@ -398,6 +396,17 @@ def test_shipped_configuration_protects(
     facts = program.Facts(command, protocol, "socks_v5", client, target, (target,))
     decision = program.Policy(config).socks_decision(facts, program.NO_LOOKUP)
     assert decision.verdict == verdict
+
+
+# ------------------------------ packaging ------------------------------
+
+
+def test_packaging_says_where_each_file_goes() -> None:
+    folder = ROOT / "packaging"
+    table = re.findall(r"^\| `([^`]+)` \|", (folder / "README.md").read_text(), re.MULTILINE)
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"README.md"}
+    assert {name for name in table if not name.startswith("../")} == files
+    assert all((folder / name).exists() for name in table)
 
 
 # ------------------------------ README's commands ------------------------------
@@ -488,9 +497,7 @@ def outside(as_root: None) -> Iterator[str]:
 
 
 @pytest.mark.root
-def test_first_command_serves_as_shipped(
-    outside: str, origin: Callable[[str], str], tmp_path: Path
-) -> None:
+def test_first_command_serves_as_shipped(outside: str, origin: Callable[[str], str], tmp_path: Path) -> None:
     command = find_command("python3 sockd.py")
     # For the test alone: not the machine's pid file.
     command = [*program_command(), *command[2:], "-p", str(tmp_path / "pid")]

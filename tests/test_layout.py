@@ -31,7 +31,7 @@ POWERS = {
     "sys.stdout.write": {17},
     "sys.stderr.write": {17},
     "open": {11, 16},
-    "os.open": {7, 16, 17},
+    "os.open": {7, 11, 16, 17},
     "os.execv": set(),
     "eval": set(),
     "exec": set(),

@@ -542,6 +542,8 @@ def test_domain_in_a_rule_matches_at_the_border_of_a_label(
     target = peer("echo")
     with Client(server.addresses[0]) as client:
         assert client.open5(CONNECT, host, target.port).code == code
+        if code == 0:
+            assert client.exchange(b"in") == b"in"
     assert len(target.seen) == (code == 0)
 
 
@@ -620,6 +622,9 @@ def test_block_by_any_kind_of_address_holds_for_the_numeric_forms(
     for host in ("127.0.0.1", b"127.0.0.1", b"127.1", b"0x7f000001", b"2130706433", b"localhost"):
         with Client(server.addresses[0]) as client:
             assert client.open5(CONNECT, host, canary.port).code == 2, host
+    for host in ("0.0.0.0", b"0.0.0.0", b"0", b"0x0"):  # connect(2) takes them for 127.0.0.1
+        with Client(server.addresses[0]) as client:
+            assert client.open5(CONNECT, host, canary.port).code in (2, 4, 8), host
     assert not canary.seen
 
 
