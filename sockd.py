@@ -43,7 +43,6 @@ Comments that begin with "As Dante:" mark a quirk that is copied, "Unlike Dante:
 
 from __future__ import annotations
 
-import collections
 import ctypes
 import enum
 import errno
@@ -6736,6 +6735,7 @@ THREAD_STACK_BYTES = (
 )  # getaddrinfo and regular expressions need far less; 32-bit hosts have little room
 IDLE_THREAD_SECONDS = 10.0  # a thread without a client waits this long for the next
 STOP_SECONDS = 0.6  # from the order to stop until a worker's sessions have ended and written their records
+DRAIN_MILLISECONDS = 200  # how often a worker without listeners looks whether its sessions have ended
 ACCEPT_PAUSE_SECONDS = 0.1  # after the system ran out of descriptors, memory or threads
 RESOLVER_THREADS = 32  # questions answered at once; more wait in the inbox
 VERIFIERS = 64  # password checks at once; a PAM module may sleep 2 seconds over each
@@ -6748,17 +6748,6 @@ class Order(enum.IntEnum):
     DRAIN = 2  # accept no more and exit when the last session has ended
     REPORT = 3  # log the state of each session
     LOGS = 4  # (names of logoutput, "", names of errorlog), with a descriptor for each that is not standard
-
-
-class Handover:
-    """A thread that waits for its next client.  Lives in the worker's stack of idle threads."""
-
-    __slots__ = ("lock", "session")
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.lock.acquire()
-        self.session: Session | None = None
 
 
 def receive_order(control: socket.socket) -> tuple[int, list[bytes], list[int]] | None:
@@ -6796,7 +6785,11 @@ def describe_bug(error: BaseException) -> str:
 
 
 class Worker:
-    """Accepts clients and runs a thread for each.  Owned by the main thread of a worker process."""
+    """Accepts clients and serves each in a thread.
+
+    One thread at a time leads: it waits for a client, hands the lead to the next thread and serves the
+    client itself, so no client waits for a change of threads.  The main thread only obeys the mother.
+    """
 
     def __init__(self, serving: Serving, listeners: Sequence[socket.socket], control: socket.socket) -> None:
         self.serving = serving
@@ -6804,27 +6797,30 @@ class Worker:
         self.listeners = {listener.fileno(): listener for listener in listeners}
         self.control = control
         self.sessions: set[Session] = set()  # changed by the sessions' threads; each operation is atomic
-        self.idle: collections.deque[Handover] = collections.deque()
-        self.poller = select.poll()
+        self.lead = threading.Lock()  # held by the thread that leads
+        self.crowd = threading.Lock()  # guards `waiting`, and is never held over a call that waits
+        self.waiting = 0  # threads that wait for the lead
+        self.alarm = os.pipe2(os.O_CLOEXEC)  # wakes the leader when `draining` has been set
+        self.poller = select.poll()  # the leader's
         self.reserve = os.dup(control.fileno())  # given up for a moment when descriptors run out
         self.draining = False
         self.complained = False
         self.accepted = 0
         self.started = time.monotonic()
 
+    # --- the main thread ---
+
     def run(self) -> int:
         """Serve until ordered otherwise; return the exit status."""
         threading.stack_size(THREAD_STACK_BYTES)
-        self.poller.register(self.control.fileno(), select.POLLIN)
-        for descriptor in self.listeners:
+        for descriptor in (*self.listeners, self.alarm[0]):
             self.poller.register(descriptor, select.POLLIN)
+        self.start_thread()
+        poller = select.poll()
+        poller.register(self.control.fileno(), select.POLLIN)
         while not (self.draining and not self.sessions):
-            ready = dict(self.poller.poll(200 if self.draining else None))
-            if self.control.fileno() in ready and not self.obey():
+            if poller.poll(DRAIN_MILLISECONDS if self.draining else None) and not self.obey():
                 return self.stop()
-            for descriptor in ready:
-                if descriptor in self.listeners:  # an order may have closed it
-                    self.accept(self.listeners[descriptor])
         return 0
 
     def obey(self) -> bool:
@@ -6838,15 +6834,17 @@ class Worker:
         elif order == Order.REPORT:
             self.report()
         elif order == Order.DRAIN:
-            self.draining = True
             self.close_listeners()
         return True
 
     def close_listeners(self) -> None:
-        for descriptor, listener in self.listeners.items():
-            self.poller.unregister(descriptor)
-            listener.close()
-        self.listeners = {}
+        """Accept no more clients."""
+        self.draining = True
+        os.write(self.alarm[1], b".")
+        with self.lead:
+            for listener in self.listeners.values():
+                listener.close()
+            self.listeners = {}
 
     def stop(self) -> int:
         """End every session, give each the time to write its records, and return the exit status."""
@@ -6866,26 +6864,78 @@ class Worker:
         for session in sessions:
             self.log.write("info", session.describe())
 
-    def accept(self, listener: socket.socket) -> None:
-        """Take one connection off a listener and give it to a thread."""
+    # --- the threads of the sessions ---
+
+    def start_thread(self) -> None:
+        """Start a thread that will lead; RuntimeError or MemoryError where the system has none left."""
+        threading.Thread(target=self.serve_sessions, daemon=True).start()
+
+    def serve_sessions(self) -> None:
+        """Lead, serve, and so on: the life of a thread.  It ends when it is not needed any more."""
+        while self.take_lead():
+            session = self.find_client()
+            with self.crowd:
+                is_last = self.waiting == 0
+            self.lead.release()
+            if session is None:
+                return
+            if is_last and not self.draining and not self.call_successor():
+                session.connection.close()
+                self.sessions.discard(session)
+                time.sleep(ACCEPT_PAUSE_SECONDS)
+                continue
+            self.run_session(session)
+
+    def take_lead(self) -> bool:
+        """Wait for the lead; False for a thread that has waited long and is not the only one to wait."""
+        with self.crowd:
+            self.waiting += 1
+        while not self.lead.acquire(timeout=IDLE_THREAD_SECONDS):
+            with self.crowd:
+                if self.waiting > 1:
+                    self.waiting -= 1
+                    return False
+        with self.crowd:
+            self.waiting -= 1
+        return True
+
+    def call_successor(self) -> bool:
+        """Start the thread that will lead while this one serves; False if there can be none."""
+        try:
+            self.start_thread()
+        except (RuntimeError, MemoryError) as error:
+            self.complain(str(error) or "out of memory")
+            return False
+        return True
+
+    def find_client(self) -> Session | None:
+        """Wait until there is a client, and return its session; None when no more are to be taken."""
+        while not self.draining:
+            for descriptor, _ in self.poller.poll():
+                session = self.accept(self.listeners[descriptor]) if descriptor in self.listeners else None
+                if session is not None:
+                    return session
+        return None
+
+    def accept(self, listener: socket.socket) -> Session | None:
+        """Take one connection off a listener; None if there is none after all."""
         try:
             connection, address = listener.accept()
         except BlockingIOError:
-            return  # another worker was quicker
+            return None  # another worker was quicker
         except OSError as error:
             self.survive_shortage(listener, error)
-            return
-        self.complained = False
+            return None
         self.accepted += 1
-        connection.setblocking(False)
         try:
+            connection.setblocking(False)
             local = endpoint_of(connection.getsockname(), connection.family)
         except OSError:
             connection.close()
-            return
+            return None
         session = Session(self.serving, connection, endpoint_of(address, connection.family), local)
         self.sessions.add(session)
-        self.hand_over(session)
+        return session
 
     def survive_shortage(self, listener: socket.socket, error: OSError) -> None:
         """Refuse one client cleanly where the system has nothing left for it, and rest a moment."""
@@ -6907,51 +6957,16 @@ class Worker:
             self.complained = True
             self.log.write("warning", f"{text}; refusing new clients until there is room again")
 
-    def hand_over(self, session: Session) -> None:
-        """Give a session to a waiting thread, or to a new one."""
-        try:
-            handover = self.idle.pop()
-        except IndexError:
-            self.start_thread(session)
-            return
-        handover.session = session
-        handover.lock.release()
-
-    def start_thread(self, session: Session) -> None:
-        thread = threading.Thread(target=self.serve_sessions, args=(session,), daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:
-            self.sessions.discard(session)
-            session.connection.close()
-            self.complain(str(error))
-            time.sleep(ACCEPT_PAUSE_SECONDS)
-
-    def serve_sessions(self, session: Session | None) -> None:
-        """Run sessions one after the other: the life of a session thread."""
-        handover = Handover()
-        while session is not None:
-            self.run_session(session)
-            handover.session = session = None
-            self.idle.append(handover)
-            if not handover.lock.acquire(timeout=IDLE_THREAD_SECONDS):
-                try:
-                    self.idle.remove(handover)
-                    return
-                except ValueError:
-                    handover.lock.acquire()  # somebody has just taken it off the stack
-            session = handover.session
-
     def run_session(self, session: Session) -> None:
         """Run one session; an error of ours ends this session and no other."""
         try:
             serve_client(session)
+            self.complained = False
         except MemoryError:
             self.complain("out of memory")
         except Exception as error:  # the one place for what nobody expected
-            self.log.write(
-                "error", f"internal error in the session of {session.client}: {describe_bug(error)}"
-            )
+            text = f"internal error in the session of {session.client}: {describe_bug(error)}"
+            self.log.write("error", text)
         finally:
             self.sessions.discard(session)
 

@@ -33,7 +33,7 @@ PAGES = sorted((ROOT / "packaging/man").glob("*.[58]"))
 EXAMPLES = sorted((ROOT / "packaging/examples").glob("*.conf"))
 
 # What Dante's manual does not know.
-OURS = {"passwordfile", "chroot"}
+OURS = {"passwordfile", "login.penalty", "chroot"}
 
 CONTEXTS = {
     "file": "file",
