@@ -43,6 +43,7 @@ Comments that begin with "As Dante:" mark a quirk that is copied, "Unlike Dante:
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import enum
 import errno
@@ -6735,6 +6736,7 @@ THREAD_STACK_BYTES = (
 )  # getaddrinfo and regular expressions need far less; 32-bit hosts have little room
 IDLE_THREAD_SECONDS = 10.0  # a thread without a client waits this long for the next
 STOP_SECONDS = 0.6  # from the order to stop until a worker's sessions have ended and written their records
+WATCH_MILLISECONDS = 2000  # how often the main thread looks whether somebody leads
 DRAIN_MILLISECONDS = 200  # how often a worker without listeners looks whether its sessions have ended
 ACCEPT_PAUSE_SECONDS = 0.1  # after the system ran out of descriptors, memory or threads
 RESOLVER_THREADS = 32  # questions answered at once; more wait in the inbox
@@ -6819,8 +6821,11 @@ class Worker:
         poller = select.poll()
         poller.register(self.control.fileno(), select.POLLIN)
         while not (self.draining and not self.sessions):
-            if poller.poll(DRAIN_MILLISECONDS if self.draining else None) and not self.obey():
+            events = poller.poll(DRAIN_MILLISECONDS if self.draining else WATCH_MILLISECONDS)
+            if events and not self.obey():
                 return self.stop()
+            if not events and not self.draining and not self.lead.locked():
+                self.call_successor()  # the thread that was to lead has died young
         return 0
 
     def obey(self) -> bool:
@@ -6867,8 +6872,12 @@ class Worker:
     # --- the threads of the sessions ---
 
     def start_thread(self) -> None:
-        """Start a thread that will lead; RuntimeError or MemoryError where the system has none left."""
-        threading.Thread(target=self.serve_sessions, daemon=True).start()
+        """Start a thread that will lead; RuntimeError or MemoryError where the system has none left.
+
+        Not by threading.Thread, whose start() would wait for ever for a thread that dies of a lack
+        of memory in its first steps.
+        """
+        _thread.start_new_thread(self.serve_sessions, ())
 
     def serve_sessions(self) -> None:
         """Lead, serve, and so on: the life of a thread.  It ends when it is not needed any more."""
@@ -7062,8 +7071,8 @@ class Resolver:
         """Answer a question in a thread of its own; waits while all are busy."""
         self.free.acquire()
         try:
-            threading.Thread(target=self.answer, args=(question,), daemon=True).start()
-        except RuntimeError:
+            _thread.start_new_thread(self.answer, (question,))
+        except (RuntimeError, MemoryError):
             self.free.release()
             question.reply([b"no thread is left to ask the resolver"])
 
