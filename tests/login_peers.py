@@ -20,10 +20,10 @@ from servers import World
 
 LONG_USER, LONG_PASSWORD = "u" * 255, "p" * 255
 SETTINGS = {
-    "yescrypt": "$y$j9T$sockdtest",
+    "yescrypt": "$y$j9T$sockdtestsockdte",
     "sha512": "$6$rounds=1000$sockdtest",
     "sha256": "$5$rounds=1000$sockdtest",
-    "bcrypt": "$2b$04$sockdtestsockdtestsockd",
+    "bcrypt": "$2b$04$sockdtestsockdtestsockdu",
     "md5": "$1$sockdtst",
     "des": "so",
 }

@@ -39,7 +39,7 @@ from more_peers import (
     wait_for_line,
 )
 from peers import RESET
-from servers import RECORD, Server, Sockd, World, eventually
+from servers import RECORD, Server, Sockd, World, count_descriptors, eventually
 
 pytestmark = pytest.mark.root
 StartPeer = Callable[..., Any]
@@ -52,7 +52,7 @@ def write_config(password_file: Any) -> str:
     """Write a configuration that takes clients with and without a password, for CONNECT only."""
     head = HEAD.replace("socksmethod: none", "socksmethod: username none")
     only = rule("socks pass", "from: 0/0 to: 0/0", "command: connect", "log: connect disconnect error")
-    return f"{head}passwordfile: {password_file}\n" + CLIENT_PASS + only
+    return f"{head}login.penalty: no\npasswordfile: {password_file}\n" + CLIENT_PASS + only
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +174,11 @@ def fill(server: Server, stack: contextlib.ExitStack) -> list[Client]:
     raise AssertionError("there is always room for another")
 
 
+def wait_until_full(server: Server, limit: int) -> None:
+    """Wait until a process has all the descriptors that it may have, its reserve included."""
+    eventually(lambda: limit in [count_descriptors(process.pid) for process in server.processes()])
+
+
 def test_server_without_descriptors_turns_clients_away_and_recovers(
     sockd: Any, private_world: World, peer: StartPeer
 ) -> None:
@@ -182,10 +187,12 @@ def test_server_without_descriptors_turns_clients_away_and_recovers(
     with contextlib.ExitStack() as stack:
         clients = fill(server, stack)
         assert 20 < len(clients) < 64
+        wait_until_full(server, 64)
         for _ in range(3):
             with Client(server.addresses[0]) as client:
                 client.expect_end_or_reset()
         assert measure_idleness(server) < 0.2
+        wait_until_full(server, 64)
         assert sum("refusing new clients" in message for message in server.messages) == 1
         assert clients[0].request5(CONNECT, "127.0.0.1", target.port).code == 1
         clients[0].expect_end()
@@ -213,10 +220,27 @@ def test_request_is_answered_when_descriptors_have_run_out(
     server = sockd(EVERYTHING, world=LimitedWorld(private_world.files, ("--nofile=40:40",)))
     with contextlib.ExitStack() as stack:
         client = fill(server, stack)[0]
+        wait_until_full(server, 40)
         address = client.address
         assert client.request5(command, host, 80).code in (1, 4)
         client.expect_end()
         wait_for_line(server, address, "tcp/accept ]:", "request was not performed due to error: ")
+
+
+def test_reserve_descriptor_that_somebody_else_takes_is_no_loss(
+    sockd: Any, private_world: World, peer: StartPeer
+) -> None:
+    server = sockd(EVERYTHING, world=LimitedWorld(private_world.files, ("--nofile=40:40",)))
+    with contextlib.ExitStack() as stack:
+        for client in fill(server, stack)[:10]:
+            with Client(server.addresses[0]) as stranger:
+                stranger.expect_end_or_reset()
+                client.send(
+                    request5(BIND, "0.0.0.0", 0)
+                )  # to have the descriptor before it is back in reserve
+            assert client.read_reply5().code in (0, 1)
+    check_good_client(server, peer)
+    check_good_client(server, peer)
 
 
 @pytest.mark.parametrize("megabytes", [348, 372, 400])  # memory ends at different steps of a new thread

@@ -77,7 +77,11 @@ def write_config(
 ) -> str:
     """Write a configuration with accounts of its own."""
     head = HEAD.replace("socksmethod: none", f"socksmethod: {methods}")
-    return f"{head}passwordfile: {password_file}\n" + (client_rules or CLIENT_PASS) + (rules or SOCKS_PASS)
+    return (
+        f"{head}login.penalty: no\npasswordfile: {password_file}\n"
+        + (client_rules or CLIENT_PASS)
+        + (rules or SOCKS_PASS)
+    )
 
 
 @pytest.fixture(scope="module")
