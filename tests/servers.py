@@ -282,9 +282,13 @@ class Server:
         """Give the command that runs this kind of server, without options."""
         raise NotImplementedError
 
+    def usual(self, options: tuple[str, ...]) -> tuple[str, ...]:
+        """Give the options that a server is started with."""
+        return options
+
     def _start(self, options: tuple[str, ...]) -> subprocess.Popen[bytes]:
         pid_options = () if "-p" in options else ("-p", str(self.pid_path))
-        command = [*self.command(), "-f", str(self.config_path), *pid_options, *options]
+        command = [*self.command(), "-f", str(self.config_path), *pid_options, *self.usual(options)]
         key, value = self._mark.split("=", 1)
         with self.output_path.open("ab") as output, self.error_path.open("ab") as errors:
             return subprocess.Popen(
@@ -449,10 +453,12 @@ class Server:
 
     def check_resources(self) -> None:
         """Check that nothing that clients caused is still held."""
-        with contextlib.suppress(AssertionError):
+        try:
             eventually(lambda: not self.find_excess())
-        excess = self.find_excess()
-        assert not excess, f"{self.name} still holds: {'; '.join(excess)}"
+        except AssertionError:
+            # A second look may find nothing: then it was slow to go, and that is all.
+            excess = self.find_excess()
+            assert not excess, f"{self.name} still holds: {'; '.join(excess)}"
 
     def find_excess(self) -> list[str]:
         """Describe what the processes hold over what they held at the start."""
@@ -488,6 +494,10 @@ class Sockd(Server):
         """Give the command that runs sockd."""
         named = os.environ.get("SOCKD")
         return [named] if named else [sys.executable, str(SOCKD)]
+
+    def usual(self, options: tuple[str, ...]) -> tuple[str, ...]:
+        """Run one worker where a test says nothing: processes are then countable on every machine."""
+        return options if "-N" in options else ("-N", "1", *options)
 
 
 class Danted(Server):
