@@ -3919,6 +3919,7 @@ CAP_DAC_READ_SEARCH, CAP_NET_BIND_SERVICE = 2, 10  # linux/capability.h
 CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
+M_ARENA_MAX = -8  # malloc.h
 SIOCATMARK = 0x8905  # asm-generic/sockios.h
 AF_INET_FAMILY = {socket.AF_INET: 4, socket.AF_INET6: 6}
 FAMILY_OF = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -3975,6 +3976,16 @@ def release_memory() -> None:
     trim = getattr(load_library(""), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def limit_arenas() -> None:
+    """Let all threads share two heaps (mallopt(3), glibc only).
+
+    By default each of the first dozens takes 64 MB of address space, which a 32-bit machine has not got.
+    """
+    mallopt = getattr(load_library(""), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 2)
 
 
 def decode_sockaddr(address: int) -> Endpoint | None:
@@ -6741,6 +6752,8 @@ THREAD_STACK_BYTES = (
 )  # getaddrinfo and regular expressions need far less; 32-bit hosts have little room
 IDLE_THREAD_SECONDS = 10.0  # a thread without a client waits this long for the next
 STOP_SECONDS = 0.6  # from the order to stop until a worker's sessions have ended and written their records
+CUSHION_BYTES = 4 << 20  # address space only: nothing is ever written there
+SHORTAGE_SECONDS = 2.0  # how long new clients are turned away once memory has run out
 WATCH_MILLISECONDS = 2000  # how often the main thread looks whether somebody leads
 DRAIN_MILLISECONDS = 200  # how often a worker without listeners looks whether its sessions have ended
 ACCEPT_PAUSE_SECONDS = 0.1  # after the system ran out of descriptors, memory or threads
@@ -6810,6 +6823,8 @@ class Worker:
         self.alarm = os.pipe2(os.O_CLOEXEC)  # wakes the leader when `draining` has been set
         self.poller = select.poll()  # the leader's
         self.reserve = os.dup(control.fileno())  # given up for a moment when descriptors run out
+        self.cushion: bytes | None = bytes(CUSHION_BYTES)  # given up when memory runs out
+        self.short_until = 0.0  # until then new clients are turned away, so that the others have room
         self.draining = False
         self.complained = False
         self.accepted = 0
@@ -6920,7 +6935,7 @@ class Worker:
         try:
             self.start_thread()
         except (RuntimeError, MemoryError) as error:
-            self.complain(str(error) or "out of memory")
+            self.run_short(str(error) or "out of memory")
             return False
         return True
 
@@ -6935,18 +6950,24 @@ class Worker:
 
     def accept(self, listener: socket.socket) -> Session | None:
         """Take one connection off a listener; None if there is none after all."""
+        if self.reserve < 0:
+            self.keep_reserve()
+        if self.cushion is None and not self.find_cushion():
+            self.turn_away(listener)
+            return None
         try:
             connection, address = listener.accept()
         except BlockingIOError:
             return None  # another worker was quicker
         except MemoryError:
-            self.complain("out of memory")
-            time.sleep(ACCEPT_PAUSE_SECONDS)
+            self.run_short("out of memory")
             return None
         except OSError as error:
             self.survive_shortage(listener, error)
             return None
         self.accepted += 1
+        if self.cushion is not None and self.reserve >= 0:
+            self.complained = False
         try:
             connection.setblocking(False)
             local = endpoint_of(connection.getsockname(), connection.family)
@@ -6965,12 +6986,34 @@ class Worker:
         if error.errno == errno.EMFILE and self.reserve >= 0:
             os.close(self.reserve)
             self.reserve = -1
-            try:
-                listener.accept()[0].close()
-            except OSError:
-                pass  # a session has been quicker to take the free descriptor
-        time.sleep(ACCEPT_PAUSE_SECONDS)
+            self.turn_away(listener)
         self.keep_reserve()
+        time.sleep(ACCEPT_PAUSE_SECONDS)
+
+    def turn_away(self, listener: socket.socket) -> None:
+        """Close a connection without serving it."""
+        try:
+            listener.accept()[0].close()
+        except (OSError, MemoryError):
+            pass  # it has gone, or a session has been quicker to take the free descriptor
+
+    def run_short(self, text: str) -> None:
+        """Give up the cushion: what memory there is now belongs to the sessions that live."""
+        self.cushion = None
+        self.short_until = time.monotonic() + SHORTAGE_SECONDS
+        self.complain(text)
+
+    def find_cushion(self) -> bool:
+        """Tell whether the shortage of memory is over."""
+        if time.monotonic() < self.short_until:
+            return False
+        try:
+            self.cushion = bytes(CUSHION_BYTES)
+        except MemoryError:
+            self.short_until = time.monotonic() + SHORTAGE_SECONDS
+            return False
+        self.complained = False
+        return True
 
     def keep_reserve(self) -> None:
         """Take a descriptor to be given up when none is left, if there is one to take."""
@@ -6989,9 +7032,9 @@ class Worker:
         """Run one session; an error of ours ends this session and no other."""
         try:
             serve_client(session)
-            self.complained = False
+            self.short_until = 0.0  # what it had is free, and so is its thread
         except MemoryError:
-            self.complain("out of memory")
+            self.run_short("out of memory")
         except Exception as error:  # the one place for what nobody expected
             text = f"internal error in the session of {session.client}: {describe_bug(error)}"
             self.log.write("error", text)
@@ -7567,6 +7610,7 @@ class Mother:
         self.warden_inbox[0].close()
         worker = Worker(self.serving(), tuple(self.listeners.values()), control)
         prefer_throughput()
+        limit_arenas()
         drop_privileges(self.accounts[1], self.options.chroot or self.config.chroot)
         self.log.write("info", f"sockd/server[{number}/{self.count_workers()}] v{__version__} running")
         return worker.run()
