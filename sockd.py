@@ -3881,7 +3881,7 @@ def describe_client(endpoint: Endpoint, method: str = "none", user: str = "") ->
 
     Unlike Dante: what would forge or split a line is escaped in the user's name.
     """
-    if method in ("none", "pam.address") or not user:
+    if method == "none" or not user:
         return str(endpoint)
     return f"{method}%{escape_text(user)}@{endpoint}"
 
@@ -4045,6 +4045,17 @@ def reverse_names(address: Endpoint) -> tuple[str, ...]:
     return (name, *aliases)
 
 
+def group_numbers(user: bytes, primary: int) -> tuple[int, ...]:
+    """Return the numbers of a user's groups (getgrouplist(3), for which os has only names in UTF-8)."""
+    room = ctypes.c_int(64)
+    while True:
+        numbers = (ctypes.c_uint * room.value)()
+        had = room.value
+        if load_library("").getgrouplist(user, ctypes.c_uint(primary), numbers, ctypes.byref(room)) >= 0:
+            return tuple(numbers[: room.value])
+        room.value = max(room.value, had * 2)
+
+
 def crypt_library() -> ctypes.CDLL:
     """Return the library with crypt(3): libcrypt, or the C library itself (musl)."""
     for name in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.so"):
@@ -4141,7 +4152,7 @@ class SystemSurroundings:
 
     def user_exists(self, name: str) -> bool:
         try:
-            pwd.getpwnam(name)
+            pwd.getpwnam(os.fsdecode(name.encode(WIRE_TEXT)))
         except KeyError:
             return False
         return True
@@ -4615,10 +4626,11 @@ class Account(NamedTuple):
 def find_account(name: str) -> Account:
     """Return a system account; ConfigError if there is none of that name."""
     try:
-        entry = pwd.getpwnam(name)
+        entry = pwd.getpwnam(os.fsdecode(name.encode(WIRE_TEXT)))
     except KeyError:
         raise ConfigError(f'there is no user "{name}" on this system') from None
-    return Account(name, entry.pw_uid, entry.pw_gid, tuple(os.getgrouplist(name, entry.pw_gid)))
+    groups = group_numbers(name.encode(WIRE_TEXT), entry.pw_gid)
+    return Account(name, entry.pw_uid, entry.pw_gid, groups)
 
 
 def check_powerless() -> None:
@@ -4901,7 +4913,7 @@ def fork_verifier(body: Callable[[], bool]) -> int:
 SHADOW_FILE = "/etc/shadow"
 PASSWD_FILE = "/etc/passwd"
 SECONDS_PER_DAY = 86400
-PAM_RHOST, PAM_RUSER = 4, 8  # security/_pam_types.h
+PAM_TTY, PAM_RHOST, PAM_RUSER, PAM_XDISPLAY = 3, 4, 8, 11  # security/_pam_types.h
 IDENT_PORT = 113  # RFC 1413
 IDENT_SECONDS = 10.0  # As Dante.
 IDENT_BYTES = 1000  # RFC 1413 section 4: a reply has at most 1000 characters
@@ -5121,6 +5133,8 @@ def verify_pam(service: str, user: bytes, password: bytes, client: str) -> str:
     def authenticate(handle: object, flags: int) -> int:
         for item, value in ((PAM_RHOST, client), (PAM_RUSER, PAM_USER_BY_ADDRESS)):
             authenticator.pam_set_item(handle, item, ctypes.c_char_p(value.encode()))
+        for item in (PAM_TTY, PAM_XDISPLAY):  # python-pam has set our own, which is not the client's
+            authenticator.pam_set_item(handle, item, None)
         return int(start(handle, flags))
 
     def manage_account(handle: object, flags: int) -> int:
@@ -5169,7 +5183,9 @@ def ask_ident(client: Endpoint, local: Endpoint, deadline: float) -> str | None:
                 if not data:
                     break
                 answer += data
-            return parse_ident(answer.partition(b"\n")[0], (client.port, local.port))
+            line, end, _ = answer.partition(b"\n")
+            # What was cut off may be the beginning of another user's name.
+            return parse_ident(line, (client.port, local.port)) if end else None
     except (OSError, DeadlinePassed):
         return None
 
@@ -5946,13 +5962,7 @@ class Session:
 
     def find_admission_fault(self, decision: Decision) -> str:
         """Return why a client that a client-rule passes stays outside after all, or ""."""
-        if decision.method == "rfc931" and not self.lookup.user_exists(self.identity.user):
-            return f'no user "{escape_text(self.identity.user)}" found in system password file'
-        if decision.method.startswith("pam."):
-            fault = self.verify(decision.method, decision.rule)
-            if fault:
-                return fault
-        return self.find_srchost_fault()
+        return self.verify(decision.method, decision.rule) or self.find_srchost_fault()
 
     def find_srchost_fault(self) -> str:
         """Return what is wrong with the client's DNS entry (sockd.conf(5), srchost), or ""."""
@@ -6051,8 +6061,12 @@ class Session:
 
         Asks the warden once for each method.
         """
-        if method in ("none", "", "rfc931"):
+        if method in ("none", ""):
             return ""
+        if method == "rfc931":
+            user_name = self.lookup.ident_answer or ""
+            known = self.lookup.user_exists(user_name)
+            return "" if known else f'no user "{escape_text(user_name)}" found in system password file'
         key = (method, rule.pam_servicename if method.startswith("pam.") else "")
         if key not in self.verified:
             user = self.identity.user.encode("latin-1")
@@ -6072,7 +6086,7 @@ class Session:
     def decide(self, facts: Facts) -> Decision:
         """Judge by the socks-rules and verify what the matching rule wants verified."""
         decision = self.serving.policy.socks_decision(facts, self.lookup)
-        if decision.verdict == "pass" and facts.command not in REPLY_COMMANDS:
+        if facts.command not in REPLY_COMMANDS:
             fault = self.verify(decision.method, decision.rule)
             if fault:
                 # As Dante: a wrong password ends the search; no later rule is tried.
@@ -7103,9 +7117,8 @@ def grant_interface(fields: list[bytes]) -> list[bytes]:
 
 def grant_groups(fields: list[bytes]) -> list[bytes]:
     """Return the names of a user's groups; KeyError if there is no such user."""
-    user = os.fsdecode(fields[0])
     names = []
-    for number in os.getgrouplist(user, pwd.getpwnam(user).pw_gid):
+    for number in group_numbers(fields[0], pwd.getpwnam(os.fsdecode(fields[0])).pw_gid):
         try:
             names.append(os.fsencode(grp.getgrgid(number).gr_name))
         except KeyError:
@@ -7223,8 +7236,6 @@ class Warden:
             return verify_username(self.config.passwordfile, user, password)
         if method not in (b"pam.username", b"pam.address", b"pam.any"):
             return f"method {escape_bytes(method)} cannot be verified on this system"
-        if method == b"pam.address":
-            user = password = b""
         try:
             return verify_pam(service.decode("latin-1"), user, password, client.decode("latin-1"))
         except (ImportError, OSError, ValueError) as error:

@@ -85,21 +85,21 @@ def add_accounts(world: World, folder: Path) -> World:
 # ------------------------------ PAM ------------------------------
 
 
+TOLD_HOST = "127.3.2.1"
+TOLD = f"rhost = {TOLD_HOST} ruser = rhostusr tty !~ ?*"
+
+
 def write_pam_services(world: World, folder: Path, by_host: str = "") -> World:
     """Give a world with these services in /etc/pam.d; `by_host` is pam_access's table.
 
-    pam_pwdfile knows paula, and nobody else does.  `exec` notes what PAM knows of a client in the
-    folder's file `notes`.
+    pam_pwdfile knows paula, and nobody else does.  `told` lets in whom it was told of as Dante does:
+    TOLD_HOST, as remote user rhostusr and without a terminal; `told-no-user`, as user rhostusr, too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     services, table = folder / "pam.d", folder / "access.conf"
     services.mkdir()
     table.write_text(by_host)
     (folder / "pwdfile").write_text(f"paula:{crypt('paula-pw', SETTINGS['sha512'])}\n")
-    note = folder / "note"
-    note.write_text(f"#!/bin/sh\nenv | grep '^PAM_' | sort | tr '\\n' ' ' >>{folder}/notes\n"
-                    f"echo >>{folder}/notes\n")  # fmt: skip
-    note.chmod(0o755)
     permit = "account required pam_permit.so"
     texts = {
         "sockd": ["auth required pam_unix.so nodelay", "account required pam_unix.so"],
@@ -114,7 +114,10 @@ def write_pam_services(world: World, folder: Path, by_host: str = "") -> World:
             f"account required pam_access.so nodefgroup accessfile={table}",
         ],
         "byruser": ["auth required pam_succeed_if.so quiet ruser = rhostusr", permit],
-        "exec": [f"auth required pam_exec.so quiet {note}", f"account required pam_exec.so quiet {note}"],
+        "told": [f"{kind} required pam_succeed_if.so quiet {TOLD}" for kind in ("auth", "account")],
+        "told-no-user": [
+            f"{kind} required pam_succeed_if.so quiet {TOLD} user = rhostusr" for kind in ("auth", "account")
+        ],
         "broken": ["auth required pam_no_such_module.so", permit],
     }
     for service, lines in texts.items():

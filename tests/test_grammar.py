@@ -124,6 +124,23 @@ FRIENDLY = {
     "sticky-user-eats-brace": "} ends a list of values",
     "two-rules-one-line": "} ends a rule, wherever the next one stands",
 }
+# Accepted by danted, and by the grammar here; the start is refused, as their effect is not built yet.
+NOT_BUILT = {
+    "client-libwrap": {"libwrap"},
+    "client-session": {"session.inheritable", "session.max", "session.throttle"},
+    "client-state-ok": {"session.state.key", "session.state.max", "session.state.throttle"},
+    "cpu-mask": {"cpu.mask.PROCESS"},
+    "cpu-schedule": {"cpu.schedule.PROCESS"},
+    "iflog-error": {"external.log.LEVEL.error"},
+    "monitor-alarms": {"external.alarm.disconnect", "internal.alarm.data.recv", "monitor"},
+    "monitor-empty": {"monitor"},
+    "route-direct": {"route"},
+    "route-maxfail-0": {"route.badexpire", "route.maxfail"},
+    "route-socks5": {"route"},
+    "route-username": {"route"},
+    "rules-any-order": {"alarm.data", "monitor", "route"},
+    "socks-proxyprotocol-http": {"proxyprotocol: http"},
+}
 # danted was built without these; what we make of them is find_unsupported's affair.
 OPTIONAL = {
     "client-bounce": "bounce to",
@@ -1142,3 +1159,13 @@ def test_describe_needs_no_position() -> None:
     assert sockd.describe_complaint(sockd.Complaint("error", "wrong", hint="b")) == (
         "error: wrong\n    hint: b"
     )
+
+
+def test_files_that_danted_takes_start_here_but_for_what_is_not_built_yet() -> None:
+    refused = {}
+    for path in sorted((FILES / "good").glob("*.conf")):
+        config = good(path.read_text(encoding="latin-1"))
+        names = {complaint.text.split('"')[1] for complaint in sockd.find_unsupported(config)}
+        if names:
+            refused[path.stem] = names
+    assert refused == NOT_BUILT

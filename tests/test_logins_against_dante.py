@@ -7,14 +7,16 @@ real: accounts with every kind of hash, PAM with Linux-PAM's modules, an ident s
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import login_peers
 import pytest
-from comparison import CLIENT_PASS, SOCKS_PASS, Case, Group, Outcome, Unlike, case, conf, expect, rule, run_group
+from comparison import CLIENT_PASS, Case, Group, Outcome, case, conf, rule, run_group
 from conversation import (
     Talk, bytewise, connect4, end, go_on, hello, log_in, method, over, ping, reply, send, v4, v5,
 )  # fmt: skip
@@ -22,9 +24,6 @@ from login_peers import LONG_PASSWORD, LONG_USER, Identd
 from servers import Danted, Sockd, World, eventually, need, need_danted
 
 pytestmark = [pytest.mark.root, pytest.mark.dante]
-
-EXPIRED = "an account that shadow(5) says has expired is closed"
-AGED = "an account whose password is too old by shadow(5) is closed"
 
 
 def ask(user: str, secret: str, target: str = "echo") -> tuple[Any, ...]:
@@ -48,11 +47,14 @@ def hang_up(talk: Talk) -> None:
     talk.client.shutdown(1)
 
 
+QUIET_PASS = rule("socks pass", "from: 0/0 to: 0/0")
+
 # ------------------------------ the system's accounts ------------------------------
 
 
-def own_password(user: str, *unlike: Unlike) -> Case:
-    return case(user, *ask(user, f"{user}-pw"), unlike=unlike)
+def own_password(user: str) -> Case:
+    """Give the case of a user who knows the password."""
+    return case(user, *ask(user, f"{user}-pw"))
 
 
 ACCOUNTS = [
@@ -88,7 +90,7 @@ ACCOUNTS = [
     case("nologin shell", *ask("sha512", "sha512-pw")),
 ]
 USERNAME = [
-    Group("username", conf(CLIENT_PASS, SOCKS_PASS, methods="username"), tuple(ACCOUNTS)),
+    Group("username", conf(CLIENT_PASS, QUIET_PASS, methods="username"), tuple(ACCOUNTS)),
     Group(
         "username judged by rules",
         conf(
@@ -130,7 +132,6 @@ PAM_LOGINS = [
     case("empty user", *ask("", "x")),
     case("empty password", *ask("sha512", "")),
     case("both empty", *ask("", "")),
-    case("long", *ask(LONG_USER, LONG_PASSWORD)),
     case("umläut", *ask("umläut", "umläut-pw")),
     case("NUL behind the user", *ask("sha512\0x", "sha512-pw")),
     case("NUL behind the password", *ask("sha512", "sha512-pw\0")),
@@ -195,7 +196,7 @@ def ways_in(source: str) -> list[Case]:
         case(f"{source} password", *ask("sha512", "sha512-pw"), source=source),
         case(f"{source} wrong password", *ask("sha512", "wrong"), source=source),
         case(f"{source} both offered", patience, send(hello(0, 2)), method, source=source),
-        case(f"{source} v4", patience, connect4("echo"), ping(), over, source=source),
+        case(f"{source} v4", patience, connect4("echo"), ping(), hang_up, over, source=source),
     ]
 
 
@@ -270,9 +271,9 @@ IDENTS = {
     "user with a colon": login_peers.user("sha512:x"),
     "high bytes": login_peers.user("umläut"),
     "control bytes": login_peers.user("sha512\x1b[2J"),
-    "255 bytes": login_peers.user(LONG_USER),
-    "256 bytes": login_peers.user(LONG_USER + "u"),
-    "2000 bytes": login_peers.user("u" * 2000),
+    "255 bytes": login_peers.user("v" * 255),
+    "256 bytes": login_peers.user("v" * 256),
+    "2000 bytes": login_peers.user("v" * 2000),
     "second line": login_peers.say("\r\n{0} : USERID : UNIX : sha512\r\n"),
     "more lines": login_peers.say("{0} : USERID : UNIX : sha512\r\n{0} : USERID : UNIX : md5\r\n"),
     "endless line": login_peers.never_end,
@@ -331,6 +332,136 @@ IDENT = [
 GROUPS = [*USERNAME, *PAM, *IDENT]
 
 
+# ------------------------------ differences ------------------------------
+
+NUL = "danted cuts user and password at a NUL, so that records and PAM see another than was sent"
+EXPIRED = "an account that shadow(5) says has expired is closed"
+IN_PASSWD = "a hash may stand in /etc/passwd, as it may for every other program"
+VERSION4 = "the record says why a SOCKS 4 client cannot pass"
+FIRST_WORD = "a user is all of the answer, not only its first word"
+NO_USER_ID = "what no user can be called is no user, and a line longer than RFC 1413 allows is no answer"
+
+
+@dataclass(frozen=True)
+class Instead:
+    """What sockd does where danted does something else: all of the transcript."""
+
+    reason: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class As:
+    """A case of the same group in which danted does what sockd does here, with another user."""
+
+    reason: str
+    case: str
+    users: tuple[str, str] = ("", "")
+
+
+def refused(reason: str, count: int, why: str) -> Instead:
+    """Give a log-in that is refused during negotiation after so many bytes."""
+    return Instead(
+        reason,
+        (
+            "method: 05 02",
+            "password status: 01 01",
+            "log: info: pass(1): tcp/accept [: CLIENT SERVER",
+            f"log: info: block(1): tcp/accept ]: CLIENT SERVER: error after reading {count} bytes in _ seconds: {why}",
+        ),
+    )
+
+
+def granted(reason: str, name: str) -> Instead:
+    """Give a log-in that is granted."""
+    path = f"{name}@CLIENT SERVER"
+    end = "local client closed.  Session duration: _s"
+    return Instead(
+        reason,
+        (
+            "method: 05 02",
+            "password status: 01 00",
+            "reply: 05 00 00 01 127.0.0.1.*",
+            "heard: b'ping'",
+            "client end: closed",
+            "log: info: pass(1): tcp/accept [: CLIENT SERVER",
+            f"log: info: pass(1): tcp/connect [: {path} -> 127.0.0.1.* 127.0.0.1.echo",
+            f"log: info: pass(1): tcp/connect ]: 4 -> {path} -> 4, 4 -> 127.0.0.1.* 127.0.0.1.echo -> 4: {end}",
+            f"log: info: pass(1): tcp/accept ]: 4 -> CLIENT SERVER -> 4: {end}",
+        ),
+    )
+
+
+def refused4(methods: str) -> Instead:
+    """Give a SOCKS 4 client that is refused because of these methods."""
+    why = (
+        "error after reading 9 bytes in _ seconds: client-rule #1 requires SOCKS authentication to use for "
+        f'matching clients to be "{methods}", but connected client is using SOCKS v4, which does not support '
+        "any authentication"
+    )
+    accepted = "log: info: pass(1): tcp/accept [: CLIENT SERVER"
+    blocked = f"log: info: block(1): tcp/accept ]: CLIENT SERVER: {why}"
+    return Instead(VERSION4, ("reply: 00 5b REQUESTED", "client end: closed", accepted, blocked))
+
+
+FAILED = "system password authentication failed for user"
+NUL_REFUSED = "NUL in username packet from client"
+# Regular expression for "group: case" -> the difference; the first counts.
+DIFFERENCES: tuple[tuple[str, Instead | As], ...] = (
+    ("username: expired", refused(EXPIRED, 23, f'{FAILED} "expired"')),
+    ("username: inactive", refused(EXPIRED, 25, f'{FAILED} "inactive"')),
+    ("username: passwdonly", granted(IN_PASSWD, "username%passwdonly")),
+    (".*: NUL behind the user", refused(NUL, 23, NUL_REFUSED)),
+    (".*: NUL behind the password", refused(NUL, 22, NUL_REFUSED)),
+    (r"pam\.username .*: v4", refused4("pam.username")),
+    *(
+        (f"rfc931 .*: {name}, {who}", As(reason, f"{like}, {who}", users))
+        for who in ("any user", "one user", "anybody", "v4")
+        for name, reason, like, users in (
+            ("user with a blank", FIRST_WORD, "unknown user", ("nobody-here", r"sha512\040x")),
+            ("control bytes", NO_USER_ID, "error", ("", "")),
+            ("2000 bytes", NO_USER_ID, "error", ("", "")),
+            ("endless line", NO_USER_ID, "error", ("", "")),
+        )
+    ),
+)  # fmt: skip
+
+
+def find_difference(group: Group, case: Case) -> Instead | As | None:
+    """Give the difference that is meant for a case."""
+    name = f"{group.name}: {case.name}"
+    return next((found for pattern, found in DIFFERENCES if re.fullmatch(pattern, name)), None)
+
+
+def simplify(lines: list[str]) -> list[str]:
+    """Leave out of a transcript what other tests are about.
+
+    Those are the records of the built-in rule, which danted does not write; whether a connection was
+    closed or reset; blanks and foreign bytes in a name, which danted does not escape; and how much of a
+    very long name is kept.
+    """
+    found = []
+    for line in lines:
+        if line.startswith("log: info: block(0)"):
+            continue
+        if not line.startswith("log:"):
+            line = re.sub(r": (client end: )?(fin|reset|closed)$", ": closed", line)
+        line = re.sub(r"%([^%]*?)@(?=CLIENT)", lambda name: f"%{escape(name[1])}@", line)
+        line = re.sub(r'"(.)\1{99,}.*', r'"\1...', line)
+        found.append(re.sub(r"(.)\1{99,}", r"\1...", line))
+    return found
+
+
+def escape(name: str) -> str:
+    """Give a name as sockd spells it in a record."""
+    return "".join(char if "!" <= char <= "~" else f"\\{ord(char):03o}" for char in decode_log(name))
+
+
+def decode_log(name: str) -> str:
+    """Undo what the log's reader does to foreign bytes."""
+    return re.sub(r"\\x([0-9a-f]{2})", lambda byte: chr(int(byte[1], 16)), name)
+
+
 # ------------------------------ the tests ------------------------------
 
 
@@ -387,6 +518,25 @@ CASES = [
 @pytest.mark.parametrize(("group", "case"), CASES)
 def test_sockd_judges_a_login_as_danted_does(group: Group, case: Case, outcomes: Runs) -> None:
     danted, sockd = (run.result() for run in outcomes[group.name])
-    expected = expect(danted.transcripts[case.name], case.unlike)
-    found = sockd.transcripts[case.name]
+    expected = simplify(danted.transcripts[case.name])
+    difference = find_difference(group, case)
+    if isinstance(difference, Instead):
+        assert list(difference.lines) != expected, "no difference any more"
+        expected = list(difference.lines)
+    elif difference is not None:
+        like = simplify(danted.transcripts[difference.case])
+        expected = [line.replace(*difference.users) for line in like] if difference.users[0] else like
+    found = simplify(sockd.transcripts[case.name])
     assert found == expected, "\n".join(difflib.ndiff(expected, found))
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.name)
+def test_sockd_ends_well_after_these_logins(group: Group, outcomes: Runs) -> None:
+    trouble = outcomes[group.name][1].result().trouble
+    assert not trouble, trouble
+
+
+def test_each_difference_is_about_a_case() -> None:
+    names = [f"{group.name}: {case.name}" for group in GROUPS for case in group.cases]
+    assert len(set(names)) == len(names)
+    assert all(any(re.fullmatch(pattern, name) for name in names) for pattern, _ in DIFFERENCES)
