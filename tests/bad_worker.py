@@ -1,0 +1,298 @@
+"""sockd with workers that an attacker has taken over; and its helpers, alone with such a worker.
+
+    bad_worker.py [options of sockd]            the server; clients from 127.66.0.x trigger ATTACKS
+    bad_worker.py HELPER CONFIG COUNT SEED      resolver or warden gets COUNT random messages
+
+A client's own address says what the worker that serves it does: the last number is an attack's place
+in the table.  Everybody else is served as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sockd
+
+ATTACKERS = "127.66.0."
+LONGEST_WAIT = 10.0
+
+# ------------------------------ attacks from within a worker ------------------------------
+
+
+def send(inbox: socket.socket, message: bytes, *descriptors: int) -> None:
+    """Send a message and these descriptors."""
+    socket.send_fds(inbox, [message], descriptors)
+
+
+@contextlib.contextmanager
+def answer_socket() -> Iterator[tuple[socket.socket, int]]:
+    """Give a pair as a worker that plays by the rules would use: ours, and the number of theirs."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        yield ours, theirs.fileno()
+
+
+def stuffed_socket() -> socket.socket:
+    """Give a socket to which nothing more can be written until somebody reads, which nobody does."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            theirs.send(b"x" * 1000)
+    theirs.setblocking(True)
+    KEPT.append(ours)
+    return theirs
+
+
+KEPT: list[socket.socket] = []
+RESOLVE = sockd.encode_message(sockd.Favour.RESOLVE, [b"localhost", b"46"])
+PASSWORD = sockd.encode_message(
+    sockd.Favour.PASSWORD, [b"username", b"", b"alice", b"guess", b"127.0.0.1", b"127.0.0.1"]
+)
+BIND = sockd.encode_message(sockd.Favour.BIND, [b"tcp", b"4 127.0.0.1", b"0"])
+
+
+def garbage_to(which: str, message: bytes) -> Callable[[sockd.Session], None]:
+    """Make an attack: a message of our own making, with one good descriptor."""
+
+    def attack(session: sockd.Session) -> None:
+        with answer_socket() as (_, number):
+            send(getattr(session.serving, which).inbox, message, number)
+
+    return attack
+
+
+def without_descriptor(session: sockd.Session) -> None:
+    session.serving.resolver.inbox.send(RESOLVE)
+
+
+def with_two_descriptors(session: sockd.Session) -> None:
+    with answer_socket() as (_, number):
+        send(session.serving.resolver.inbox, RESOLVE, number, number)
+
+
+def with_many_descriptors(session: sockd.Session) -> None:
+    with answer_socket() as (_, number):
+        send(session.serving.warden.inbox, PASSWORD, *[number] * 250)
+
+
+def with_a_pipe(session: sockd.Session) -> None:
+    read_end, write_end = os.pipe()
+    send(session.serving.resolver.inbox, RESOLVE, write_end)
+
+
+def with_a_pipe_to_warden(session: sockd.Session) -> None:
+    read_end, write_end = os.pipe()
+    send(session.serving.warden.inbox, BIND, write_end)
+
+
+def bad_answer(which: str, message: bytes, count: int) -> Callable[[sockd.Session], None]:
+    """Make an attack: good questions, and no room for their answers."""
+
+    def attack(session: sockd.Session) -> None:
+        for _ in range(count):
+            with stuffed_socket() as answer:
+                send(getattr(session.serving, which).inbox, message, answer.fileno())
+
+    return attack
+
+
+CONTROL: list[socket.socket] = []
+
+
+def garbage_to_mother(session: sockd.Session) -> None:
+    CONTROL[0].send(b"\xff\xff\xff")
+
+
+def accuse_others(session: sockd.Session) -> None:
+    """Tell the mother, as only a helper may, that other processes have gone wrong."""
+    for pid in Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split():
+        if int(pid) != os.getpid():
+            CONTROL[0].send(sockd.encode_message(0, [pid.encode(), b"malformed"]))
+
+
+def close_control(session: sockd.Session) -> None:
+    """End the connection with the mother, and stay."""
+    CONTROL[0].shutdown(socket.SHUT_RDWR)
+    signal.pause()
+
+
+ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
+    "garbage to the resolver": garbage_to("resolver", b"\xff nonsense"),
+    "garbage to the warden": garbage_to("warden", b"\x05\x06\x00\x01"),
+    "nothing": garbage_to("resolver", b""),
+    "too long": garbage_to("resolver", RESOLVE + bytes(100_000)),
+    "one byte too many": garbage_to("warden", PASSWORD + b"\0"),
+    "favour of the other helper": garbage_to("resolver", PASSWORD),
+    "favour of the other helper, turned": garbage_to("warden", RESOLVE),
+    "without a descriptor": without_descriptor,
+    "with two descriptors": with_two_descriptors,
+    "with many descriptors": with_many_descriptors,
+    "with a pipe": with_a_pipe,
+    "with a pipe to the warden": with_a_pipe_to_warden,
+    "garbage to the mother": garbage_to_mother,
+    "accuses others": accuse_others,
+    "closes its control socket": close_control,
+}
+QUIET_ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
+    "no room for an answer of the resolver": bad_answer("resolver", RESOLVE, 40),
+    "no room for an answer of the warden": bad_answer("warden", BIND, 1),
+    "no room for the answer of a check": bad_answer("warden", PASSWORD, 3),
+}
+
+
+def address_of(attack: str) -> str:
+    """Give the address whose clients trigger an attack."""
+    return f"{ATTACKERS}{[*ATTACKS, *QUIET_ATTACKS].index(attack) + 1}"
+
+
+def serve_with_bad_workers() -> int:
+    """Run sockd, its workers open to attack."""
+    serve, make = sockd.serve_client, sockd.Worker.__init__
+    table = {address_of(name): attack for name, attack in {**ATTACKS, **QUIET_ATTACKS}.items()}
+
+    def serve_client(session: sockd.Session) -> None:
+        attack = table.get(session.client.host)
+        if attack is None:
+            serve(session)
+            return
+        attack(session)
+        session.connection.sendall(b"attacked")
+        session.connection.settimeout(LONGEST_WAIT)
+        session.connection.recv(1)
+        session.close()
+
+    def make_worker(worker: sockd.Worker, serving: object, listeners: object, control: socket.socket) -> None:
+        CONTROL[:] = [control]
+        make(worker, serving, listeners, control)
+
+    sockd.serve_client, sockd.Worker.__init__ = serve_client, make_worker
+    return sockd.main()
+
+
+# ------------------------------ random messages ------------------------------
+
+VALUES = [
+    b"", b"0", b"4", b"6", b"46", b"64", b"80", b"-1", b"65536", b"70000", b"99999999999999999999", b"1e3", b" 1 ",
+    b"4 127.0.0.1", b"4 127.0.0.2", b"6 ::1", b"6 fe80::1%lo", b"6 fe80::1%nowhere", b"6 ::1%", b"6 ::1%\0", b"4 ::1",
+    b"6 127.0.0.1", b"4 localhost", b"5 127.0.0.1", b"-4 127.0.0.1", b"4127.0.0.1", b"4 \xff", b"4 127.0.0.1\0", b"4 ",
+    b"127.0.0.1", b"::1", b"::1%lo", b"localhost", b"echo.test", b"two.test", b"no\0such", b"x" * 255, b"x." * 127,
+    b"\xff" * 63, b"xn--\xff", b"lo", b"nowhere", b"lo\0", b"tcp", b"udp", b"sctp", b"TCP", b"username", b"none",
+    b"pam.username", b"pam.address", b"pam.any", b"rfc931", b"gssapi", b"sockd", b"deny", b"permit", b"../permit",
+    b"/etc/shadow", b"alice", b"wonderland", b"root", b"nobody", b"\0", b"alice\0", b"%s%n", b"y" * 3000,
+]  # fmt: skip
+MESSAGE_KINDS = (0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 6, 6, 7, 255)
+
+
+def make_message(chance: random.Random) -> bytes:
+    """Make a message: random bytes, or what a worker might send, or nearly that."""
+    if chance.random() < 0.1:
+        return chance.randbytes(chance.choice((0, 1, 2, 3, 10, 4096, 5000)))
+    kind = chance.choice(MESSAGE_KINDS)
+    wanted = sockd.FAVOUR_FIELDS.get(kind, 1)
+    count = wanted if chance.random() < 0.9 else chance.randint(0, 8)
+    pick = lambda: chance.choice(VALUES) if chance.random() < 0.8 else chance.randbytes(chance.randint(0, 20))
+    message = bytearray(sockd.encode_message(kind, [pick() for _ in range(count)]))
+    if chance.random() < 0.2:
+        for _ in range(chance.randint(1, 3)):
+            message[chance.randrange(len(message))] = chance.randrange(256)
+    if chance.random() < 0.05:
+        del message[chance.randrange(len(message)) :]
+    return bytes(message)
+
+
+class Bombardment:
+    """One helper, and what came of each message: an answer, a closed socket, a report to the mother."""
+
+    def __init__(self, kind: str, config_path: str) -> None:
+        text = Path(config_path).read_text()
+        config, complaints = sockd.parse_config(text, config_path, sockd.SystemSurroundings())
+        assert config is not None, complaints
+        log = sockd.Log("sockd")
+        log.open(config.logoutput, config.errorlog)
+        read_end, self.inbox = sockd.make_inbox()
+        channel = sockd.Channel(self.inbox)
+        serving = sockd.Serving(config, sockd.Policy(config), log, channel, channel)
+        helper = sockd.Resolver() if kind == "resolver" else sockd.Warden(config, log)
+        body = lambda control: sockd.run_helper(serving, read_end, control, helper)
+        self.pid, self.control = sockd.spawn(body)
+        read_end.close()
+        self.control.settimeout(LONGEST_WAIT)
+        self.outcomes: Counter[str] = Counter()
+        self.senders: set[bytes] = set()
+
+    def send(self, message: bytes, chance: random.Random) -> str:
+        """Send a message, and tell what came of it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pipe = os.pipe()
+        choices = ([theirs.fileno()],) * 12 + ([], [theirs.fileno()] * 2, [theirs.fileno()] * 9, [pipe[1]], [pipe[0]])
+        descriptors = chance.choice(choices)
+        try:
+            socket.send_fds(self.inbox, [message], descriptors)
+            theirs.close()
+            return self.wait(ours)
+        finally:
+            ours.close()
+            theirs.close()
+            for descriptor in pipe:
+                os.close(descriptor)
+
+    def wait(self, answer: socket.socket) -> str:
+        """Wait for an answer or a report; a socket that just closes may mean that a report is to come."""
+        data = b""
+        answer.settimeout(LONGEST_WAIT)
+        with contextlib.suppress(ConnectionResetError):
+            data = answer.recv(70000)
+        if data:
+            sockd.decode_message(data)
+            return "answered"
+        report = self.control.recv(4096)
+        if not report:
+            return "helper gone"
+        self.senders.add(sockd.decode_message(report)[1][0])
+        return "reported"
+
+    def count_descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def run(self, count: int, seed: int) -> dict[str, object]:
+        """Send the messages and describe what came of them."""
+        chance = random.Random(seed)
+        before = self.count_descriptors()
+        for _ in range(count):
+            message = make_message(chance)
+            outcome = self.send(message, chance)
+            self.outcomes[outcome] += 1
+            if outcome == "helper gone":
+                return {"outcomes": self.outcomes, "last": message.hex()}
+        after = self.settle(before)
+        self.control.close()
+        _, status = os.waitpid(self.pid, 0)
+        senders = self.senders == {str(os.getpid()).encode()}
+        return {"outcomes": self.outcomes, "leaked": after - before, "status": status, "named": senders}
+
+    def settle(self, before: int) -> int:
+        """Give the number of open descriptors once it has come down, or after a while."""
+        deadline = time.monotonic() + LONGEST_WAIT
+        while self.count_descriptors() > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.count_descriptors()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] in ("resolver", "warden"):
+        helper_kind, path, number, start = sys.argv[1:]
+        print(json.dumps(Bombardment(helper_kind, path).run(int(number), int(start))))
+    else:
+        sys.exit(serve_with_bad_workers())

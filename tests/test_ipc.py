@@ -1,0 +1,269 @@
+"""A worker that an attacker has taken over, and clients that send anything: nobody else notices."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import bad_worker
+import login_peers
+import pytest
+from client import (
+    BIND,
+    CONNECT,
+    UDP_ASSOCIATE,
+    Client,
+    greeting,
+    password_message,
+    request4,
+    request5,
+)
+from more_peers import CLIENT_PASS, HEAD, hash_with, measure_idleness, rule
+from peers import TcpPeer, UdpPeer
+from servers import Server, Sockd, World, eventually, read_process
+
+pytestmark = pytest.mark.root
+StartPeer = Callable[..., Any]
+MESSAGES = HANDSHAKES = 10_000
+BATCHES = 4
+LOGIN = (b"alice", b"wonderland")
+
+
+@pytest.fixture(scope="module")
+def pam_world(private_world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Give a world with PAM services that answer at once."""
+    return login_peers.write_pam_services(private_world, tmp_path_factory.mktemp("pam") / "pam")
+
+
+# ------------------------------ random messages ------------------------------
+
+HELPER_CONFIG = """\
+logoutput: stderr
+internal: 127.0.0.1 port = 0
+external: 127.0.0.1
+compatibility: sameport
+user.privileged: root
+user.unprivileged: nobody
+clientmethod: none
+socksmethod: none
+client pass { from: 0/0 to: 0/0 }
+socks pass { from: 0/0 to: 0/0 }
+"""
+
+
+@pytest.mark.parametrize("penalty", ["yes", "no"])
+@pytest.mark.parametrize("helper", ["resolver", "warden"])
+def test_helper_answers_or_reports_each_of_many_random_messages(
+    helper: str, penalty: str, pam_world: World, tmp_path: Path
+) -> None:
+    config = tmp_path / "sockd.conf"
+    config.write_text(f"login.penalty: {penalty}\n{HELPER_CONFIG}")
+    count, seed = str(MESSAGES // BATCHES), f"{len(penalty)}"
+    command = pam_world.wrap([sys.executable, bad_worker.__file__, helper, str(config), count, seed])
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert "Traceback" not in result.stderr, result.stderr
+    assert "internal error" not in result.stderr, result.stderr
+    found = json.loads(result.stdout)
+    outcomes = found["outcomes"]
+    assert "helper gone" not in outcomes, f"by {found['last']}"
+    assert outcomes["answered"] + outcomes["reported"] == int(count)
+    assert min(outcomes.values()) > int(count) // 10
+    assert found["leaked"] == 0
+    assert found["status"] == 0
+    assert found["named"]  # every report names the process that sent the message
+
+
+# ------------------------------ a worker that goes bad ------------------------------
+
+
+class BadSockd(Sockd):
+    """The program, with workers that its clients can turn."""
+
+    def command(self) -> list[str]:
+        """Give the command that runs it."""
+        return [sys.executable, bad_worker.__file__]
+
+
+BAD_CONFIG = (
+    HEAD.replace("socksmethod: none", "socksmethod: username").replace("internal: ::1 port = 0\n", "")
+    + "user.privileged: root\nuser.unprivileged: nobody\ncompatibility: sameport\n"
+    + CLIENT_PASS
+    + rule("socks pass", "from: 0/0 to: 0/0", "log: connect error")
+)
+
+
+@pytest.fixture(scope="module")
+def bad_server(private_world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all attacks."""
+    server = BadSockd(BAD_CONFIG, tmp_path_factory.mktemp("bad"), ("-N", "2"), private_world)
+    yield server
+    server.check_text()
+    server.close()
+
+
+def find_children(server: Server) -> set[int]:
+    """Give the pids of a server's children."""
+    return {p.pid for p in server.processes() if p.parent == server.pid and p.state != "Z"}
+
+
+def attack(server: Server, name: str) -> None:
+    """Have a worker do its worst."""
+    with Client(server.addresses[0], source=(bad_worker.address_of(name), 0)) as client:
+        with contextlib.suppress(ConnectionResetError, AssertionError):
+            assert client.receive(8) == b"attacked"
+
+
+def check_others_are_served(server: Server, peer: StartPeer) -> None:
+    """Check that names are resolved and passwords checked for others, by each worker in turn."""
+    target = peer("echo")
+    for _ in range(4):
+        with Client(server.addresses[0]) as client:
+            assert client.open5(CONNECT, "echo.test", target.port, LOGIN).code == 0
+            assert client.exchange(b"served") == b"served"
+
+
+@pytest.mark.parametrize("name", bad_worker.ATTACKS)
+def test_worker_that_breaks_the_rules_is_ended_and_replaced(
+    bad_server: Server, peer: StartPeer, name: str
+) -> None:
+    server, before = bad_server, find_children(bad_server)
+    attack(server, name)
+    gone = eventually(lambda: before - find_children(server))
+    check_others_are_served(server, peer)
+    eventually(lambda: len(find_children(server)) == len(before))
+    assert len(gone) == 1
+    (culprit,) = gone
+    workers = {record.pid for record in server.log if record.message.endswith(" running")}
+    assert culprit in workers
+    assert any(f"worker {culprit} " in m for m in server.messages if m.startswith(("error: ", "warning: ")))
+    assert measure_idleness(server, 0.2) < 0.3
+    server.check_text()
+    server.check_resources()
+
+
+@pytest.mark.parametrize("name", bad_worker.QUIET_ATTACKS)
+def test_worker_that_takes_no_answers_holds_up_nobody(bad_server: Server, peer: StartPeer, name: str) -> None:
+    attack(bad_server, name)
+    check_others_are_served(bad_server, peer)
+    assert measure_idleness(bad_server, 0.2) < 0.3
+    bad_server.check_text()
+
+
+# ------------------------------ random handshakes ------------------------------
+
+
+class Canary:
+    """Listeners that no rule allows anybody to reach."""
+
+    def __init__(self, peer: StartPeer) -> None:
+        self.tcp: list[TcpPeer] = [peer("discard"), peer("discard", "::1"), peer("discard", "127.0.0.2")]
+        self.udp: UdpPeer = peer("udp-sink")
+
+    def check(self) -> None:
+        """Check that nobody came."""
+        assert not [seen.remote for listener in self.tcp for seen in listener.seen]
+        assert not self.udp.seen
+
+
+def originals(allowed: int, canary: Canary) -> list[bytes]:
+    """Give handshakes that are right, to a target that is allowed and to some that are not."""
+    four, six, other = (listener.port for listener in canary.tcp)
+    targets = [
+        (CONNECT, "127.0.0.1", allowed), (CONNECT, "127.0.0.1", four), (CONNECT, "::1", six),
+        (CONNECT, "echo.test", four), (CONNECT, "two.test", other), (CONNECT, "127.0.0.2", other),
+        (CONNECT, "::ffff:127.0.0.1", four), (BIND, "127.0.0.1", four), (UDP_ASSOCIATE, "0.0.0.0", 0),
+        (UDP_ASSOCIATE, "127.0.0.1", canary.udp.port),
+    ]  # fmt: skip
+    requests = [greeting([0]) + request5(*target) for target in targets]
+    requests += [greeting([0, 2]) + password_message(*LOGIN) + request5(*target) for target in targets[:4]]
+    requests += [request4(CONNECT, host, port, b"user") for _, host, port in targets[:1] + targets[3:6]]
+    return [request + b"data behind" for request in requests]
+
+
+INTERESTING = (0, 1, 2, 3, 4, 5, 8, 16, 90, 127, 128, 254, 255)
+
+
+def mutate(message: bytes, chance: random.Random) -> bytes:
+    """Spoil a handshake in one to four places."""
+    spoiled = bytearray(message)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(spoiled))
+        how = chance.randrange(5)
+        if how == 0:
+            spoiled[at] = chance.randrange(256)
+        elif how == 1:
+            spoiled[at] = chance.choice(INTERESTING)
+        elif how == 2:
+            spoiled[at:at] = chance.randbytes(chance.choice((1, 2, 255)))
+        elif how == 3 and len(spoiled) > 3:
+            del spoiled[at : at + chance.randint(1, 3)]
+        else:
+            spoiled += spoiled[at:]
+    return bytes(spoiled) or b"\0"
+
+
+def make_handshake(seed: int, good: list[bytes]) -> tuple[bytes, random.Random]:
+    """Make a handshake: one of five is random bytes, the others are spoiled."""
+    chance = random.Random(seed)
+    if chance.random() < 0.2:
+        first = chance.choice((b"\4", b"\5", b""))
+        return first + chance.randbytes(chance.randint(1, 300)), chance
+    return mutate(chance.choice(good), chance), chance
+
+
+def shake_hands(server: Server, message: bytes, chance: random.Random) -> None:
+    """Send a handshake, in one piece or two, read what comes first, and leave."""
+    cut = chance.randrange(len(message)) if chance.random() < 0.3 else 0
+    with Client(server.addresses[chance.randrange(2)]) as client, contextlib.suppress(OSError):
+        for piece in filter(None, (message[:cut], message[cut:])):
+            client.send(piece)
+        if chance.random() < 0.9:
+            client.finish_sending()
+            client.sock.recv(4096)
+        if chance.random() < 0.5:
+            client.reset()
+
+
+def test_many_spoiled_handshakes_reach_nothing_that_no_rule_allows(
+    private_world: World, tmp_path: Path, peer: StartPeer
+) -> None:
+    allowed, canary = peer("echo"), Canary(peer)
+    (tmp_path / "passwords").write_text(f"alice:{hash_with('-1', 'wonderland')}\n")
+    only = f"from: 0/0 to: 127.0.0.1/32 port = {allowed.port}"
+    config = (
+        HEAD.replace("socksmethod: none", "socksmethod: username none")
+        + f"passwordfile: {tmp_path}/passwords\nlogin.penalty: no\n"
+        + rule("client pass", "from: 0/0 to: 0/0")
+        + rule("socks pass", only)
+        + rule("socks pass", "from: 0/0 to: 0/0", "command: udpassociate")
+    )
+    server = Sockd(config, tmp_path, world=private_world)
+    try:
+        before = find_children(server)
+        good = originals(allowed.port, canary)
+
+        def run(first: int) -> None:
+            for seed in range(first, HANDSHAKES, BATCHES):
+                shake_hands(server, *make_handshake(seed, good))
+
+        with concurrent.futures.ThreadPoolExecutor(BATCHES) as pool:
+            list(pool.map(run, range(BATCHES)))
+        canary.check()
+        assert len(allowed.seen) > 100  # some handshakes were not spoiled where it matters
+        with Client(server.addresses[0]) as client:
+            assert client.open5(CONNECT, "127.0.0.1", allowed.port, LOGIN).code == 0
+            assert client.exchange(b"served") == b"served"
+        assert find_children(server) == before
+        assert all(read_process(pid) for pid in before)
+        server.check_text()
+        assert os.path.getsize(server.error_path) < 100_000
+    finally:
+        server.close()
