@@ -4918,8 +4918,6 @@ IDENT_PORT = 113  # RFC 1413
 IDENT_SECONDS = 10.0  # As Dante.
 IDENT_BYTES = 1000  # RFC 1413 section 4: a reply has at most 1000 characters
 DUMMY_SETTING = b"$6$sockdsockdsockd."  # for users that do not exist: the work must be the same
-
-
 FREE_FAILURES = 10  # wrong log-ins in a row that cost nothing: people mistype
 FORGET_SECONDS = 60.0  # after so long without a wrong log-in a source starts afresh
 PENALTY_SECONDS = 1.0  # from then on, between two log-ins of one source
@@ -4934,9 +4932,8 @@ class Failures:
     """
 
     def __init__(self) -> None:
-        self.sources: dict[
-            str, tuple[int, float, float]
-        ] = {}  # (failures, the last one's time, next free time)
+        # source -> (failures in a row, time of the last one, when the next log-in may be checked)
+        self.sources: dict[str, tuple[int, float, float]] = {}
 
     @staticmethod
     def find_source(host: str) -> str:
@@ -5669,10 +5666,10 @@ class UdpRelay:
             # Unlike Dante: each sender is judged, not only the first.
             decision = self._remember(("in", sender), self.events.judge_reply(sender, self.client))
         packet = Packet("udpreply", self.client, self.local, path.local, sender)
-        self.active = time.monotonic()
         path.received_bytes += len(data)
         path.received_packets += 1
         if decision.verdict == "pass":
+            self.active = time.monotonic()
             reply = encode_udp_header(sender) + data
             try:
                 self.relay.sendto(reply, socket_address(self.client))
@@ -5689,6 +5686,7 @@ class UdpRelay:
 
 RESOLVE_SECONDS = 60.0  # when timeout.connect is 0; a resolver with three servers gives up sooner
 PASSWORD_SECONDS = 60.0  # a little more than what the warden grants a check
+FAILURE_SECONDS = 5.0  # a name that could not be resolved may be, the next time a datagram names it
 NAME_UNKNOWN = "Name or service not known"  # EAI_NONAME, as glibc and Dante say it
 REQUEST_NOT_PERFORMED = "request was not performed due to error: "
 
@@ -5714,7 +5712,7 @@ class SessionLookup:
         self.serving = serving
         self.client = client
         self.local = local
-        self.answers: dict[tuple[Favour, str], list[bytes]] = {}
+        self.answers: dict[tuple[Favour, str], tuple[list[bytes], float]] = {}  # and when it expires
         self.ident_answer: str | None = None
         self.ident_asked = False
 
@@ -5723,18 +5721,19 @@ class SessionLookup:
 
         At most MOST_VERDICTS are kept.
         """
-        answer = self.answers.get((favour, text))
-        if answer is None:
-            seconds = self.serving.config.timeouts.connect or RESOLVE_SECONDS
-            try:
-                answer, _ = self.serving.resolver.ask(
-                    favour, [text.encode("latin-1", "replace"), *more], seconds
-                )
-            except SockdError as error:
-                return [str(error).encode()]
-            if len(self.answers) >= MOST_VERDICTS:
-                self.answers.clear()
-            self.answers[favour, text] = answer
+        answer, expires = self.answers.get((favour, text), ([], 0.0))
+        if answer and time.monotonic() < expires:
+            return answer
+        seconds = self.serving.config.timeouts.connect or RESOLVE_SECONDS
+        try:
+            question = [text.encode("latin-1", "replace"), *more]
+            answer, _ = self.serving.resolver.ask(favour, question, seconds)
+        except SockdError as error:
+            return [str(error).encode()]
+        if len(self.answers) >= MOST_VERDICTS:
+            self.answers.clear()
+        lifetime = FAILURE_SECONDS if answer[0] else NO_DEADLINE
+        self.answers[favour, text] = answer, time.monotonic() + lifetime
         return answer
 
     def resolve(self, name: str) -> tuple[tuple[Endpoint, ...], str]:
@@ -6771,7 +6770,7 @@ SHORTAGE_SECONDS = 2.0  # how long new clients are turned away once memory has r
 WATCH_MILLISECONDS = 2000  # how often the main thread looks whether somebody leads
 DRAIN_MILLISECONDS = 200  # how often a worker without listeners looks whether its sessions have ended
 ACCEPT_PAUSE_SECONDS = 0.1  # after the system ran out of descriptors, memory or threads
-RESOLVER_THREADS = 32  # questions answered at once; more wait in the inbox
+RESOLVER_THREADS = 128  # questions answered at once; more wait in the inbox
 VERIFIERS = 64  # password checks at once; a PAM module may sleep 2 seconds over each
 
 
