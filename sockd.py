@@ -4775,6 +4775,47 @@ def decode_endpoints(fields: Iterable[bytes]) -> tuple[Endpoint, ...]:
     return tuple(found)
 
 
+def check_text(field: bytes) -> None:
+    """ProtocolError unless a field is a name or a password as they come from the wire."""
+    if len(field) > 255 or 0 in field:
+        raise ProtocolError("a text of more than 255 bytes, or with a NUL")
+
+
+def check_digits(field: bytes) -> None:
+    """ProtocolError unless a field is a short row of digits, or empty."""
+    if field and (not field.isdigit() or len(field) > 5):
+        raise ProtocolError("not a small number")
+
+
+def check_host(field: bytes) -> None:
+    """ProtocolError unless a field is an IP address, with or without a scope."""
+    check_text(field)
+    host = field.decode(WIRE_TEXT).partition("%")[0]
+    try:
+        socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+    except (OSError, UnicodeError):
+        raise ProtocolError("not an IP address") from None
+
+
+def check_address(field: bytes) -> None:
+    """ProtocolError unless a field is what encode_endpoints makes of an address."""
+    family, _, host = field.partition(b" ")
+    check_host(host)
+    if family != (b"6" if b":" in host else b"4"):
+        raise ProtocolError("not the family of the address")
+
+
+# What each field of a question has to be.
+FAVOUR_FIELDS: dict[Favour, tuple[Callable[[bytes], None], ...]] = {
+    Favour.RESOLVE: (check_text, check_digits),
+    Favour.REVERSE: (check_address,),
+    Favour.INTERFACE: (check_text,),
+    Favour.GROUPS: (check_text,),
+    Favour.PASSWORD: (check_text, check_text, check_text, check_text, check_host, check_host),
+    Favour.BIND: (check_text, check_address, check_digits),
+}
+
+
 class Channel:
     """The asking side of an inbox.  Shared by all threads of a worker: a question holds no state here."""
 
@@ -4788,6 +4829,8 @@ class Channel:
         descriptor is left to ask with.
         """
         try:
+            for check, field in zip(FAVOUR_FIELDS[favour], fields, strict=True):
+                check(field)  # here, so that no hostile name makes a helper take us for hijacked
             return self._ask(favour, fields, seconds)
         except OSError as error:
             raise SockdError(f"cannot ask to {favour.name.lower()}: {error.strerror}") from None
@@ -4830,10 +4873,12 @@ class Question(NamedTuple):
         """Answer and close; an asker that has given up is no error."""
         with self.answer:
             try:
-                if descriptors:
-                    socket.send_fds(self.answer, [encode_message(0, fields)], descriptors)
-                else:
-                    self.answer.send(encode_message(0, fields))
+                # MSG_DONTWAIT: an asker that has filled its own socket is not waited for.
+                rights = [
+                    (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(descriptors)}i", *descriptors))
+                ]
+                ancillary = rights if descriptors else []
+                self.answer.sendmsg([encode_message(0, fields)], ancillary, socket.MSG_DONTWAIT)
             except OSError:
                 pass
 
@@ -4846,10 +4891,6 @@ class MalformedMessage(ProtocolError):
         self.pid = pid
 
 
-FAVOUR_FIELDS = {
-    Favour.RESOLVE: 2, Favour.REVERSE: 1, Favour.INTERFACE: 1,
-    Favour.GROUPS: 1, Favour.PASSWORD: 6, Favour.BIND: 3,
-}  # fmt: skip
 CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid (linux/socket.h)
 
 
@@ -4870,9 +4911,16 @@ def receive_question(inbox: socket.socket, granted: frozenset[Favour]) -> Questi
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors) != 1:
             raise ProtocolError("message too long, or not with exactly one descriptor")
         kind, fields = decode_message(data)
-        if kind not in granted or len(fields) != FAVOUR_FIELDS[Favour(kind)]:
+        if kind not in granted or len(fields) != len(FAVOUR_FIELDS[Favour(kind)]):
             raise ProtocolError(f"message of unknown kind {kind} with {len(fields)} fields")
-        return Question(Favour(kind), fields, socket.socket(fileno=descriptors.pop()))
+        for check, field in zip(FAVOUR_FIELDS[Favour(kind)], fields, strict=True):
+            check(field)
+        answer = socket.socket(fileno=descriptors[0])
+        descriptors.clear()
+        if answer.family != socket.AF_UNIX:
+            answer.close()
+            raise ProtocolError("the answer is to go to a socket of the network")
+        return Question(Favour(kind), fields, answer)
     except (ProtocolError, OSError) as error:
         raise MalformedMessage(str(error), pid) from None
     finally:
@@ -5161,7 +5209,7 @@ def parse_ident(line: bytes, ports: tuple[int, int]) -> str | None:
     if len(pair) != 2 or [p.strip() for p in pair] != [str(ports[0]), str(ports[1])]:
         return None
     user = parts[3].strip()
-    return user if user and user.isprintable() else None
+    return user if 0 < len(user) <= NAME_MAX and user.isprintable() else None
 
 
 def ask_ident(client: Endpoint, local: Endpoint, deadline: float) -> str | None:
@@ -5530,8 +5578,8 @@ class UdpRelay:
                 events = self.waiter.wait(deadline)
                 if not events and time.monotonic() >= deadline:
                     return CLIENT_CLOSED if self.orphaned_at <= deadline else "i/o timeout"
-                for descriptor, _ in events:
-                    ended = self._serve(descriptor)
+                for descriptor, mask in events:
+                    ended = self._serve(descriptor, mask)
                     if ended:
                         return ended
 
@@ -5540,10 +5588,10 @@ class UdpRelay:
         for path in self.paths.values():
             path.connection.close()
 
-    def _serve(self, descriptor: int) -> str:
+    def _serve(self, descriptor: int, mask: int) -> str:
         """Act on a readable socket; return a reason if that ends the association."""
         if descriptor == self.control.fileno():
-            return self._from_control()
+            return self._from_control(mask)
         path = self.path_of.get(descriptor)
         connection = path.connection if path else self.relay
         for _ in range(UDP_BATCH):
@@ -5559,7 +5607,7 @@ class UdpRelay:
                 self._from_target(path, data, endpoint_of(address, connection.family))
         return ""
 
-    def _from_control(self) -> str:
+    def _from_control(self, mask: int) -> str:
         """Read the control connection; return a reason if it is gone."""
         try:
             data = self.control.recv(READ_BYTES)
@@ -5572,6 +5620,8 @@ class UdpRelay:
             return ""
         if self.events.stopping():
             return ENDED_BY_US
+        if mask & FAILED:
+            return CLIENT_CLOSED  # a reset behind a FIN: recv(2) does not tell of it
         # Unlike Dante: a FIN may be a mere shutdown(2) of a client that goes on sending datagrams.
         self.orphaned_at = time.monotonic() + UDP_ORPHAN_SECONDS
         self.waiter.watch(self.control.fileno(), 0)
@@ -6763,7 +6813,7 @@ def serve_client(session: Session) -> None:
 THREAD_STACK_BYTES = (
     256 * 1024
 )  # getaddrinfo and regular expressions need far less; 32-bit hosts have little room
-IDLE_THREAD_SECONDS = 10.0  # a thread without a client waits this long for the next
+IDLE_THREAD_SECONDS = 5.0  # a thread without a client waits this long for the next
 STOP_SECONDS = 0.6  # from the order to stop until a worker's sessions have ended and written their records
 CUSHION_BYTES = 4 << 20  # address space only: nothing is ever written there
 SHORTAGE_SECONDS = 2.0  # how long new clients are turned away once memory has run out
@@ -7160,7 +7210,7 @@ class Resolver:
     def answer(self, question: Question) -> None:
         try:
             question.reply([b"", *RESOLVER_FAVOURS[question.favour](question.fields)])
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, TypeError) as error:
             text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             question.reply([text.encode("utf-8", "replace")[:255]])
         finally:
@@ -7783,8 +7833,10 @@ class Mother:
             _, fields = decode_message(data)
             culprit = int(fields[0])
         except (OSError, ProtocolError, ValueError, IndexError):
-            return
-        if child.kind != "worker" and culprit in self.children and self.children[culprit].kind == "worker":
+            culprit = pid
+        if child.kind == "worker":
+            culprit = pid  # a worker of ours says nothing here, so this one is not ours any more
+        if culprit in self.children and self.children[culprit].kind == "worker":
             self.log.write("error", f"worker {culprit} sent a malformed message: ending it")
             os.kill(culprit, signal.SIGKILL)
 

@@ -88,13 +88,11 @@ def with_many_descriptors(session: sockd.Session) -> None:
 
 
 def with_a_pipe(session: sockd.Session) -> None:
-    read_end, write_end = os.pipe()
-    send(session.serving.resolver.inbox, RESOLVE, write_end)
+    send(session.serving.resolver.inbox, RESOLVE, os.pipe()[1])
 
 
 def with_a_pipe_to_warden(session: sockd.Session) -> None:
-    read_end, write_end = os.pipe()
-    send(session.serving.warden.inbox, BIND, write_end)
+    send(session.serving.warden.inbox, BIND, os.pipe()[1])
 
 
 def bad_answer(which: str, message: bytes, count: int) -> Callable[[sockd.Session], None]:
@@ -145,10 +143,27 @@ ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
     "accuses others": accuse_others,
     "closes its control socket": close_control,
 }
+def end_inbox(which: str) -> Callable[[sockd.Session], None]:
+    """Make an attack: shut down the connection that all workers share."""
+
+    def attack(session: sockd.Session) -> None:
+        getattr(session.serving, which).inbox.shutdown(socket.SHUT_RDWR)
+
+    return attack
+
+
+def shrink_inbox(session: sockd.Session) -> None:
+    """Leave no room for a question in the connection that all workers share."""
+    session.serving.warden.inbox.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+
+
 QUIET_ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
-    "no room for an answer of the resolver": bad_answer("resolver", RESOLVE, 40),
+    "no room for an answer of the resolver": bad_answer("resolver", RESOLVE, sockd.RESOLVER_THREADS + 8),
     "no room for an answer of the warden": bad_answer("warden", BIND, 1),
     "no room for the answer of a check": bad_answer("warden", PASSWORD, 3),
+    "ends the resolver's inbox": end_inbox("resolver"),
+    "ends the warden's inbox": end_inbox("warden"),
+    "no room for a question": shrink_inbox,
 }
 
 
@@ -184,15 +199,21 @@ def serve_with_bad_workers() -> int:
 # ------------------------------ random messages ------------------------------
 
 VALUES = [
-    b"", b"0", b"4", b"6", b"46", b"64", b"80", b"-1", b"65536", b"70000", b"99999999999999999999", b"1e3", b" 1 ",
-    b"4 127.0.0.1", b"4 127.0.0.2", b"6 ::1", b"6 fe80::1%lo", b"6 fe80::1%nowhere", b"6 ::1%", b"6 ::1%\0", b"4 ::1",
-    b"6 127.0.0.1", b"4 localhost", b"5 127.0.0.1", b"-4 127.0.0.1", b"4127.0.0.1", b"4 \xff", b"4 127.0.0.1\0", b"4 ",
-    b"127.0.0.1", b"::1", b"::1%lo", b"localhost", b"echo.test", b"two.test", b"no\0such", b"x" * 255, b"x." * 127,
-    b"\xff" * 63, b"xn--\xff", b"lo", b"nowhere", b"lo\0", b"tcp", b"udp", b"sctp", b"TCP", b"username", b"none",
-    b"pam.username", b"pam.address", b"pam.any", b"rfc931", b"gssapi", b"sockd", b"deny", b"permit", b"../permit",
-    b"/etc/shadow", b"alice", b"wonderland", b"root", b"nobody", b"\0", b"alice\0", b"%s%n", b"y" * 3000,
+    b"", b"0", b"4", b"6", b"46", b"64", b"80", b"-1", b"65536", b"70000", b"99999999999999999999", b" 1 ",
+    b"4 127.0.0.1", b"4 127.0.0.2", b"6 ::1", b"6 fe80::1%lo", b"6 fe80::1%nowhere", b"6 ::1%", b"6 ::1%\0",
+    b"4 ::1", b"6 127.0.0.1", b"4 localhost", b"5 127.0.0.1", b"-4 127.0.0.1", b"4127.0.0.1", b"4 \xff",
+    b"4 127.0.0.1\0", b"4 ", b"127.0.0.1", b"::1", b"::1%lo", b"localhost", b"echo.test", b"two.test",
+    b"no\0such", b"x" * 255, b"x." * 127, b"\xff" * 63, b"xn--\xff", b"lo", b"nowhere", b"lo\0", b"tcp",
+    b"udp", b"sctp", b"TCP", b"username", b"none", b"pam.username", b"pam.address", b"pam.any", b"rfc931",
+    b"gssapi", b"sockd", b"deny", b"permit", b"../permit", b"/etc/shadow", b"alice", b"wonderland", b"root",
+    b"nobody", b"\0", b"alice\0", b"%s%n", b"y" * 3000,
 ]  # fmt: skip
 MESSAGE_KINDS = (0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 6, 6, 7, 255)
+
+
+def make_field(chance: random.Random) -> bytes:
+    """Make a field of a message."""
+    return chance.choice(VALUES) if chance.random() < 0.8 else chance.randbytes(chance.randint(0, 20))
 
 
 def make_message(chance: random.Random) -> bytes:
@@ -200,10 +221,9 @@ def make_message(chance: random.Random) -> bytes:
     if chance.random() < 0.1:
         return chance.randbytes(chance.choice((0, 1, 2, 3, 10, 4096, 5000)))
     kind = chance.choice(MESSAGE_KINDS)
-    wanted = sockd.FAVOUR_FIELDS.get(kind, 1)
+    wanted = len(sockd.FAVOUR_FIELDS.get(kind, ((),)))
     count = wanted if chance.random() < 0.9 else chance.randint(0, 8)
-    pick = lambda: chance.choice(VALUES) if chance.random() < 0.8 else chance.randbytes(chance.randint(0, 20))
-    message = bytearray(sockd.encode_message(kind, [pick() for _ in range(count)]))
+    message = bytearray(sockd.encode_message(kind, [make_field(chance) for _ in range(count)]))
     if chance.random() < 0.2:
         for _ in range(chance.randint(1, 3)):
             message[chance.randrange(len(message))] = chance.randrange(256)
@@ -225,7 +245,10 @@ class Bombardment:
         channel = sockd.Channel(self.inbox)
         serving = sockd.Serving(config, sockd.Policy(config), log, channel, channel)
         helper = sockd.Resolver() if kind == "resolver" else sockd.Warden(config, log)
-        body = lambda control: sockd.run_helper(serving, read_end, control, helper)
+
+        def body(control: socket.socket) -> int:
+            return sockd.run_helper(serving, read_end, control, helper)
+
         self.pid, self.control = sockd.spawn(body)
         read_end.close()
         self.control.settimeout(LONGEST_WAIT)
@@ -236,8 +259,9 @@ class Bombardment:
         """Send a message, and tell what came of it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pipe = os.pipe()
-        choices = ([theirs.fileno()],) * 12 + ([], [theirs.fileno()] * 2, [theirs.fileno()] * 9, [pipe[1]], [pipe[0]])
-        descriptors = chance.choice(choices)
+        good = theirs.fileno()
+        wrong: list[list[int]] = [[], [good] * 2, [good] * 9, [pipe[0]], [pipe[1]]]
+        descriptors = [good] if chance.random() < 0.7 else chance.choice(wrong)
         try:
             socket.send_fds(self.inbox, [message], descriptors)
             theirs.close()

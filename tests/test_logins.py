@@ -35,8 +35,8 @@ def write_config(methods: str, *items: str, more: str = "") -> str:
     """Write a configuration with one socks-rule."""
     head = IPV4_HEAD.replace("socksmethod: none", f"socksmethod: {methods}")
     privileges = "user.privileged: root\nuser.unprivileged: nobody\n"
-    everything = "log: connect disconnect error"
-    return head + privileges + more + CLIENT_PASS + rule("socks pass", "from: 0/0 to: 0/0", *items, everything)
+    only = rule("socks pass", "from: 0/0 to: 0/0", *items, "log: connect disconnect error")
+    return head + privileges + more + CLIENT_PASS + only
 
 
 def send_password(client: Client, user: str, password: str) -> None:
@@ -176,21 +176,23 @@ def find_warden(server: Server) -> int | None:
 def find_checks(server: Server) -> list[int]:
     """Give the pids of the password checks that are under way."""
     warden = find_warden(server)
-    return [process.pid for process in server.processes() if process.parent == warden and process.state != "Z"]
+    return [p.pid for p in server.processes() if p.parent == warden and p.state != "Z"]
 
 
 @pytest.fixture
 def slow_server(sockd: Factory, login_world: World, tmp_path: Path) -> Server:
     """A server whose PAM waits 2 seconds after a wrong password."""
     world = login_peers.write_pam_services(login_world, tmp_path / "pam")
-    return sockd(write_config("pam.username", "pam.servicename: slow", more="login.penalty: no\n"), world=world)
+    config = write_config("pam.username", "pam.servicename: slow", more="login.penalty: no\n")
+    return sockd(config, world=world)
 
 
 def test_fifty_wrong_logins_do_not_hold_up_a_good_one(slow_server: Server, peer: StartPeer) -> None:
     server, target = slow_server, peer("echo")
     use(server, target)
     with contextlib.ExitStack() as stack:
-        wrong = [stack.enter_context(Client(server.addresses[0], source=(f"127.4.0.{n}", 0))) for n in range(1, 51)]
+        sources = [(f"127.4.0.{number}", 0) for number in range(1, 51)]
+        wrong = [stack.enter_context(Client(server.addresses[0], source=source)) for source in sources]
         for client in wrong:
             send_password(client, "sha512", f"{SECRET}-{client.address[0]}")
         use(server, target)

@@ -18,10 +18,23 @@ import login_peers
 import pytest
 from comparison import CLIENT_PASS, Case, Group, Outcome, case, conf, rule, run_group
 from conversation import (
-    Talk, bytewise, connect4, end, go_on, hello, log_in, method, over, ping, reply, send, v4, v5,
+    Talk,
+    bytewise,
+    connect4,
+    end,
+    go_on,
+    hello,
+    log_in,
+    method,
+    over,
+    ping,
+    reply,
+    send,
+    v4,
+    v5,
 )  # fmt: skip
 from login_peers import LONG_PASSWORD, LONG_USER, Identd
-from servers import Danted, Sockd, World, eventually, need, need_danted
+from servers import Danted, Sockd, World, need, need_danted
 
 pytestmark = [pytest.mark.root, pytest.mark.dante]
 
@@ -33,8 +46,8 @@ def ask(user: str, secret: str, target: str = "echo") -> tuple[Any, ...]:
 
 def connect(target: str = "echo", *offer: int) -> tuple[Any, ...]:
     """Connect without a password, having offered these methods (none, if none is given)."""
-    return (patience, send(hello(*(offer or (0,)))), method, go_on, send(v5(1, target)), reply, go_on, ping(),
-            hang_up, end)  # fmt: skip
+    greeted = (patience, send(hello(*(offer or (0,)))), method, go_on)
+    return (greeted, send(v5(1, target)), reply, go_on, ping(), hang_up, end)
 
 
 def patience(talk: Talk) -> None:
@@ -109,7 +122,9 @@ USERNAME = [
         tuple(
             case(f"{user} {secret} {host}", *ask(user, secret, f"{host}/echo@{host}"))
             for host in (f"127.0.0.{n}" for n in range(11, 16))
-            for user, secret in (("sha512", "sha512-pw"), ("sha512", "wrong"), ("md5", "md5-pw"), ("nobody-here", "x"))
+            for user, secret in (
+                ("sha512", "sha512-pw"), ("sha512", "wrong"), ("md5", "md5-pw"), ("nobody-here", "x"),
+            )
         ),
     ),
 ]  # fmt: skip
@@ -140,30 +155,37 @@ PAM_LOGINS = [
 ]
 
 
-def pam_group(service: str, number: int) -> Group:
-    """Give a group for one service, named in the socks-rule."""
+def write_pam_config(service: str) -> str:
+    """Write a configuration whose only socks-rule names a service, if it is not the default one."""
     named = [] if service == "sockd" else [f"pam.servicename: {service}"]
-    only = rule("socks pass", "from: 0/0 to: 0/0", *named)
-    return Group(f"pam.username {service}", conf(CLIENT_PASS, only, methods="pam.username"), tuple(PAM_LOGINS))
+    return conf(CLIENT_PASS, rule("socks pass", "from: 0/0 to: 0/0", *named), methods="pam.username")
 
 
-HERE, THERE = "127.78.0.7", "127.79.0.7"
-BY_HOST = f"+ : ALL : {HERE}\n+ : sha512 : 127.79.0.\n- : ALL : ALL\n"
+def pam_group(service: str) -> Group:
+    """Give a group for one service."""
+    return Group(f"pam.username {service}", write_pam_config(service), tuple(PAM_LOGINS))
+
+
+SERVICES = ("sockd", "pwdfile", "permit", "deny", "noaccount", "byruser", "missing", "broken")
+
+
+HERE, THERE = "127.76.0.7", "127.75.0.7"
+BY_HOST = f"+ : ALL : {HERE}\n+ : sha512 : 127.75.0.\n- : ALL : ALL\n"
 PAM = [
-    *(pam_group(service, n) for n, service in enumerate(("sockd", "pwdfile", "permit", "deny", "noaccount", "byruser", "missing", "broken"))),
+    *map(pam_group, SERVICES),
     Group(
         "pam.username slow",
-        conf(CLIENT_PASS, rule("socks pass", "from: 0/0 to: 0/0", "pam.servicename: slow"), methods="pam.username"),
+        write_pam_config("slow"),
         (case("right", *ask("sha512", "sha512-pw")), case("wrong", *ask("sha512", "wrong"))),
     ),
     Group(
         "pam.username by host",
-        conf(CLIENT_PASS, rule("socks pass", "from: 0/0 to: 0/0", "pam.servicename: byhost"), methods="pam.username"),
+        write_pam_config("byhost"),
         (
             case("anybody from here", *ask("md5", "x"), source=HERE),
             case("one from there", *ask("sha512", "x"), source=THERE),
             case("another from there", *ask("md5", "x"), source=THERE),
-            case("from elsewhere", *ask("sha512", "x"), source="127.80.0.7"),
+            case("from elsewhere", *ask("sha512", "x"), source="127.74.0.7"),
         ),
     ),
     Group(
@@ -182,21 +204,26 @@ PAM = [
         tuple(
             case(f"{user} {secret} {host}", *ask(user, secret, f"{host}/echo@{host}"))
             for host in (f"127.0.0.{n}" for n in range(11, 15))
-            for user, secret in (("sha512", "sha512-pw"), ("md5", "wrong"), ("paula", "paula-pw"), ("paula", "wrong"))
+            for user, secret in (
+                ("sha512", "sha512-pw"), ("md5", "wrong"), ("paula", "paula-pw"), ("paula", "wrong"),
+            )
         ),
     ),
 ]  # fmt: skip
-FIRST, SECOND, THIRD, FOURTH = (f"127.78.0.{n}" for n in range(1, 5))
+FIRST, SECOND, THIRD, FOURTH = (f"127.78.{n}." for n in range(1, 5))  # networks
 
 
 def ways_in(source: str) -> list[Case]:
-    """Give each way in which a client may introduce itself, from one address."""
+    """Give each way in which a client may introduce itself, from one network.
+
+    Each has an address of its own, by which its records are known.
+    """
     return [
-        case(f"{source} nothing", *connect(), source=source),
-        case(f"{source} password", *ask("sha512", "sha512-pw"), source=source),
-        case(f"{source} wrong password", *ask("sha512", "wrong"), source=source),
-        case(f"{source} both offered", patience, send(hello(0, 2)), method, source=source),
-        case(f"{source} v4", patience, connect4("echo"), ping(), hang_up, over, source=source),
+        case(f"{source}0 nothing", *connect(), source=f"{source}1"),
+        case(f"{source}0 password", *ask("sha512", "sha512-pw"), source=f"{source}2"),
+        case(f"{source}0 wrong password", *ask("sha512", "wrong"), source=f"{source}3"),
+        case(f"{source}0 both offered", patience, send(hello(0, 2)), method, source=f"{source}4"),
+        case(f"{source}0 v4", patience, connect4("echo"), ping(), hang_up, over, source=f"{source}5"),
     ]
 
 
@@ -204,7 +231,8 @@ def by_address_group(name: str, clientmethod: str, socksmethod: str, methods: st
     """Give a group whose client-rules let PAM judge by address: permit, deny, by host, or nothing."""
     config = conf(
         *(
-            rule("client pass", f"from: {source}/32 to: 0/0", f"clientmethod: {clientmethod}", f"pam.servicename: {service}")
+            rule("client pass", f"from: {source}0/24 to: 0/0", f"clientmethod: {clientmethod}",
+                 f"pam.servicename: {service}")
             for source, service in ((FIRST, "permit"), (SECOND, "deny"), (THIRD, "byhost"))
         ),
         rule("client pass", "from: 0/0 to: 0/0", "clientmethod: none"),
@@ -212,7 +240,9 @@ def by_address_group(name: str, clientmethod: str, socksmethod: str, methods: st
         methods=methods,
         more=f"clientmethod: {clientmethod} none",
     )  # fmt: skip
-    return Group(name, config.replace("clientmethod: none\n", "", 1), tuple(sum(map(ways_in, (FIRST, SECOND, THIRD, FOURTH)), [])))
+    sources = (FIRST, SECOND, THIRD, FOURTH)
+    cases = tuple(case for source in sources for case in ways_in(source))
+    return Group(name, config.replace("clientmethod: none\n", "", 1), cases)
 
 
 def at_request_group(name: str, socksmethod: str, methods: str) -> Group:
@@ -221,12 +251,13 @@ def at_request_group(name: str, socksmethod: str, methods: str) -> Group:
     config = conf(
         CLIENT_PASS,
         *(
-            rule("socks pass", f"from: {source}/32 to: 0/0", f"socksmethod: {socksmethod}", f"pam.servicename: {service}")
+            rule("socks pass", f"from: {source}0/24 to: 0/0", f"socksmethod: {socksmethod}",
+                 f"pam.servicename: {service}")
             for source, service in services.items()
         ),
         methods=methods,
     )  # fmt: skip
-    return Group(name, config, tuple(sum(map(ways_in, services), [])))
+    return Group(name, config, tuple(case for source in services for case in ways_in(source)))
 
 
 BY_HOST += f"+ : ALL : {THIRD}\n"
@@ -234,7 +265,9 @@ BY_HOST = "".join(sorted(BY_HOST.splitlines(keepends=True)))  # the refusal come
 PAM += [
     by_address_group("pam.address at accept", "pam.address", "none pam.address", "none pam.address"),
     by_address_group("pam.any at accept", "pam.any", "none pam.any", "none pam.any"),
-    by_address_group("pam.address at accept and a password", "pam.address", "pam.address username", "pam.address username"),
+    by_address_group(
+        "pam.address at accept and a password", "pam.address", "pam.address username", "pam.address username",
+    ),
     at_request_group("pam.address at request", "pam.address", "pam.address"),
     at_request_group("pam.address and none at request", "pam.address", "none pam.address"),
     at_request_group("pam.any at request", "pam.any", "pam.any"),
@@ -279,18 +312,25 @@ IDENTS = {
     "endless line": login_peers.never_end,
 }
 SLOW_IDENTS = {"silent": login_peers.say_nothing, "drips": login_peers.drip}
-IDENT_HOSTS = {name: f"127.78.1.{n}" for n, name in enumerate([*IDENTS, *SLOW_IDENTS], 1)}
-NO_IDENTD = "127.78.2.1"
+IDENT_HOSTS = {name: n for n, name in enumerate(["no identd", *IDENTS, *SLOW_IDENTS], 1)}
+IDENT_CASES = 4  # each from an address of its own, by which its records are known
 
 
-def ident_cases(name: str, source: str) -> list[Case]:
+def ident_cases(name: str) -> list[Case]:
     """Give what clients from one host do: at rules for its users, for sha512 only, and for anybody."""
+    sources = [ident_address(name, number) for number in range(IDENT_CASES)]
+    any_user = "127.0.0.11/echo@127.0.0.11"
     return [
-        case(f"{name}, any user", *connect("127.0.0.11/echo@127.0.0.11"), source=source),
-        case(f"{name}, one user", *connect("127.0.0.12/echo@127.0.0.12"), source=source),
-        case(f"{name}, anybody", *connect("127.0.0.13/echo@127.0.0.13"), source=source),
-        case(f"{name}, v4", patience, send(v4(1, "127.0.0.11/echo@127.0.0.11")), login_reply4, source=source),
+        case(f"{name}, any user", *connect(any_user), source=sources[0]),
+        case(f"{name}, one user", *connect("127.0.0.12/echo@127.0.0.12"), source=sources[1]),
+        case(f"{name}, anybody", *connect("127.0.0.13/echo@127.0.0.13"), source=sources[2]),
+        case(f"{name}, v4", patience, send(v4(1, any_user)), login_reply4, source=sources[3]),
     ]
+
+
+def ident_address(name: str, number: int) -> str:
+    """Give the address that has an ident server of this behaviour."""
+    return f"127.79.{number}.{IDENT_HOSTS[name]}"
 
 
 def login_reply4(talk: Talk) -> None:
@@ -309,7 +349,7 @@ def ident_group(name: str, clientmethod: str, hosts: list[str], at_once: int = 1
     """Give a group in which the client-rules may ask for a user, and the socks-rules do."""
     config = conf(CLIENT_PASS, *IDENT_RULES, methods="rfc931 none")
     config = config.replace("clientmethod: none", f"clientmethod: {clientmethod}")
-    cases = sum((ident_cases(host, IDENT_HOSTS.get(host, NO_IDENTD)) for host in hosts), [])
+    cases = [case for host in hosts for case in ident_cases(host)]
     return Group(f"rfc931 {name}", config, tuple(cases), at_once)
 
 
@@ -323,7 +363,7 @@ IDENT = [
             conf(CLIENT_PASS, *IDENT_RULES, methods="rfc931 none").replace(
                 "clientmethod: none", f"clientmethod: {clientmethod}"
             ),
-            tuple(ident_cases(name, IDENT_HOSTS[name])[:1]),
+            tuple(ident_cases(name)[:1]),
         )
         for name in SLOW_IDENTS
         for clientmethod in ("rfc931", "rfc931 none", "none")
@@ -361,20 +401,15 @@ class As:
 
 def refused(reason: str, count: int, why: str) -> Instead:
     """Give a log-in that is refused during negotiation after so many bytes."""
-    return Instead(
-        reason,
-        (
-            "method: 05 02",
-            "password status: 01 01",
-            "log: info: pass(1): tcp/accept [: CLIENT SERVER",
-            f"log: info: block(1): tcp/accept ]: CLIENT SERVER: error after reading {count} bytes in _ seconds: {why}",
-        ),
-    )
+    accepted = "log: info: pass(1): tcp/accept [: CLIENT SERVER"
+    failed = f"error after reading {count} bytes in _ seconds: {why}"
+    blocked = f"log: info: block(1): tcp/accept ]: CLIENT SERVER: {failed}"
+    return Instead(reason, ("method: 05 02", "password status: 01 01", accepted, blocked))
 
 
 def granted(reason: str, name: str) -> Instead:
     """Give a log-in that is granted."""
-    path = f"{name}@CLIENT SERVER"
+    path, target = f"{name}@CLIENT SERVER", "127.0.0.1.* 127.0.0.1.echo"
     end = "local client closed.  Session duration: _s"
     return Instead(
         reason,
@@ -385,8 +420,8 @@ def granted(reason: str, name: str) -> Instead:
             "heard: b'ping'",
             "client end: closed",
             "log: info: pass(1): tcp/accept [: CLIENT SERVER",
-            f"log: info: pass(1): tcp/connect [: {path} -> 127.0.0.1.* 127.0.0.1.echo",
-            f"log: info: pass(1): tcp/connect ]: 4 -> {path} -> 4, 4 -> 127.0.0.1.* 127.0.0.1.echo -> 4: {end}",
+            f"log: info: pass(1): tcp/connect [: {path} -> {target}",
+            f"log: info: pass(1): tcp/connect ]: 4 -> {path} -> 4, 4 -> {target} -> 4: {end}",
             f"log: info: pass(1): tcp/accept ]: 4 -> CLIENT SERVER -> 4: {end}",
         ),
     )
@@ -420,6 +455,7 @@ DIFFERENCES: tuple[tuple[str, Instead | As], ...] = (
         for name, reason, like, users in (
             ("user with a blank", FIRST_WORD, "unknown user", ("nobody-here", r"sha512\040x")),
             ("control bytes", NO_USER_ID, "error", ("", "")),
+            ("256 bytes", NO_USER_ID, "error", ("", "")),
             ("2000 bytes", NO_USER_ID, "error", ("", "")),
             ("endless line", NO_USER_ID, "error", ("", "")),
         )
@@ -478,7 +514,9 @@ def login_world(private_world: World, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def identd(private_world: World) -> Iterator[Identd]:
     """Start the ident servers."""
-    server = Identd({IDENT_HOSTS[name]: answer for name, answer in {**IDENTS, **SLOW_IDENTS}.items()})
+    behaviours = {**IDENTS, **SLOW_IDENTS}.items()
+    numbers = range(IDENT_CASES)
+    server = Identd({ident_address(name, n): answer for name, answer in behaviours for n in numbers})
     yield server
     server.close()
 
@@ -488,7 +526,10 @@ Runs = dict[str, tuple[Future[Outcome], Future[Outcome]]]
 
 @pytest.fixture(scope="module")
 def outcomes(
-    login_world: World, identd: Identd, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    login_world: World,
+    identd: Identd,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Runs]:
     """Give the outcomes of the groups that are wanted, with danted and with sockd.
 
