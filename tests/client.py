@@ -12,7 +12,8 @@ import os
 import random
 import socket
 import struct
-from typing import Callable, Iterable, Iterator, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 TIMEOUT_SECONDS = 10 * float(os.environ.get("SOCKD_TEST_TIMEOUT", "1"))
 
@@ -290,16 +291,12 @@ class Client:
         assert code in (90, 91, 92, 93), f"code {code} in a SOCKS 4 reply"
         return Reply4(code, str(ipaddress.IPv4Address(address)), port)
 
-    def request5(
-        self, command: int, host: str | bytes, port: int, address_type: int | None = None
-    ) -> Reply5:
+    def request5(self, command: int, host: str | bytes, port: int, address_type: int | None = None) -> Reply5:
         """Send a SOCKS 5 request and return its (first) reply."""
         self.send(request5(command, host, port, address_type))
         return self.read_reply5()
 
-    def request4(
-        self, command: int, host: str | bytes, port: int, user: bytes = b""
-    ) -> Reply4:
+    def request4(self, command: int, host: str | bytes, port: int, user: bytes = b"") -> Reply4:
         """Send a SOCKS 4 or 4A request and return its (first) reply."""
         self.send(request4(command, host, port, user))
         return self.read_reply4()
@@ -329,9 +326,7 @@ class Client:
 class UdpClient:
     """The UDP socket beside a UDP ASSOCIATE; a context manager that closes it."""
 
-    def __init__(
-        self, local: Address = ("127.0.0.1", 0), timeout: float = TIMEOUT_SECONDS
-    ) -> None:
+    def __init__(self, local: Address = ("127.0.0.1", 0), timeout: float = TIMEOUT_SECONDS) -> None:
         family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
         self.sock = socket.socket(family, socket.SOCK_DGRAM)
         self.sock.settimeout(timeout)

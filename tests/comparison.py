@@ -89,12 +89,8 @@ def run_group(group: Group, kind: type[Server], folder: Path, world: World) -> O
             server.close()
         except AssertionError as error:
             outcome.trouble = f"{error}\n{server.text}"
-    outcome.transcripts = {
-        case.name: talk.lines for case, talk in zip(group.cases, talks, strict=True)
-    }
-    add_log_lines(
-        outcome, list(zip((case.name for case in group.cases), talks, strict=True)), server
-    )
+    outcome.transcripts = {case.name: talk.lines for case, talk in zip(group.cases, talks, strict=True)}
+    add_log_lines(outcome, list(zip((case.name for case in group.cases), talks, strict=True)), server)
     return outcome
 
 
@@ -106,11 +102,7 @@ def numbered(cases: tuple[Case, ...]) -> Iterator[tuple[int, Case]]:
 def run_case(numbered_case: tuple[int, Case], server: Server) -> Talk:
     """Run one case from an address of its own, so that its log lines can be told from others."""
     number, case = numbered_case
-    source = (
-        f"{case.source}{number // 250}.{number % 250 + 1}"
-        if case.source.endswith(".")
-        else case.source
-    )
+    source = f"{case.source}{number // 250}.{number % 250 + 1}" if case.source.endswith(".") else case.source
     with Company() as company:
         talk = Talk(server, source, company)
         talk.run(case.script)
@@ -142,9 +134,7 @@ def add_log_lines(outcome: Outcome, talks: list[tuple[str, Talk]], server: Serve
     for record in server.log:
         owners = [name_talk for name_talk in talks if name_talk[1].is_about(record)]
         # A relay that nothing was sent to is logged without its client.
-        owners = owners or [
-            name_talk for name_talk in talks if name_talk[1].is_about_relay(record)
-        ]
+        owners = owners or [name_talk for name_talk in talks if name_talk[1].is_about_relay(record)]
         for name, talk in owners:
             outcome.transcripts[name].append(f"log: {talk.mask(record)}")
         if not owners and is_about_service(record):
@@ -153,9 +143,7 @@ def add_log_lines(outcome: Outcome, talks: list[tuple[str, Talk]], server: Serve
 
 def is_about_service(record: Record) -> bool:
     """Tell whether a record that names no client came while clients were served."""
-    return not re.search(
-        r" running$|^listening on |exiting on signal|shutting down", record.message
-    )
+    return not re.search(r" running$|^listening on |exiting on signal|shutting down", record.message)
 
 
 def expect(danted: list[str], differences: tuple[Unlike, ...]) -> list[str]:
@@ -166,9 +154,7 @@ def expect(danted: list[str], differences: tuple[Unlike, ...]) -> list[str]:
         assert any(found), f"danted does not do this: {difference.danted}"
         changed: list[str] = []
         for line, match in zip(lines, found, strict=True):
-            changed += (
-                [new.format(*match.groups()) for new in difference.sockd] if match else [line]
-            )
+            changed += [new.format(*match.groups()) for new in difference.sockd] if match else [line]
         lines = changed
     return lines
 
@@ -186,9 +172,7 @@ user.unprivileged: nobody
 """
 
 
-def rule(
-    kind: str, addresses: str, *statements: str, log: str = "connect disconnect error"
-) -> str:
+def rule(kind: str, addresses: str, *statements: str, log: str = "connect disconnect error") -> str:
     """Give the text of a rule: `kind` is like "socks pass", an empty `log` leaves it out."""
     lines = [f"{kind} {{", addresses, *statements, *([f"log: {log}"] if log else []), "}"]
     return "\n".join(lines) + "\n"

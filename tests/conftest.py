@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import peers as peers_module
+import pytest
 import servers
 from servers import Danted, Server, Sockd, World, need, need_danted
 
@@ -40,9 +39,7 @@ class Factory:
             except AssertionError as error:
                 failures.append(str(error))
         if failures:
-            pytest.fail(
-                "\n".join([*failures, *(server.text for server in self._started)]), pytrace=False
-            )
+            pytest.fail("\n".join([*failures, *(server.text for server in self._started)]), pytrace=False)
 
 
 SERVERS: pytest.StashKey[list[list[Server]]] = pytest.StashKey()

@@ -204,20 +204,13 @@ class Talk:
 
     def is_about(self, record: Record) -> bool:
         """Tell whether a log record names this client."""
-        client = [
-            f"{host}.{port}" for (host, port), role in self.roles.items() if "CLIENT" in role
-        ]
-        return any(
-            re.search(rf"(?<![\d.:]){re.escape(name)}(?!\d)", record.message) for name in client
-        )
+        client = [f"{host}.{port}" for (host, port), role in self.roles.items() if "CLIENT" in role]
+        return any(re.search(rf"(?<![\d.:]){re.escape(name)}(?!\d)", record.message) for name in client)
 
     def is_about_relay(self, record: Record) -> bool:
         """Tell whether a log record names this client's UDP relay."""
         host, port = self.relay
-        return (
-            bool(port)
-            and re.search(rf" {re.escape(host)}\.{port}(?!\d)", record.message) is not None
-        )
+        return bool(port) and re.search(rf" {re.escape(host)}\.{port}(?!\d)", record.message) is not None
 
 
 def receive(connection: socket.socket, count: int) -> tuple[bytes, str]:
@@ -561,9 +554,7 @@ def open_udp(who: str, source: str = "") -> Step:
     return step
 
 
-def datagram(
-    target: str, data: bytes, fragment: int = 0, reserved: int = 0, who: str = "udp"
-) -> Step:
+def datagram(target: str, data: bytes, fragment: int = 0, reserved: int = 0, who: str = "udp") -> Step:
     """Send a datagram for `target` to the relay."""
 
     def step(talk: Talk) -> None:

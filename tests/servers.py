@@ -365,9 +365,7 @@ class Server:
 
     # -- using it
 
-    def connect(
-        self, source: str | None = None, address: tuple[str, int] | None = None
-    ) -> socket.socket:
+    def connect(self, source: str | None = None, address: tuple[str, int] | None = None) -> socket.socket:
         """Connect to the first listener (or `address`), from the address `source` if given."""
         target = address or self.addresses[0]
         connection = socket.create_connection(
@@ -416,9 +414,7 @@ class Server:
             eventually(lambda: read_process(self.pid) is None)
         status = self._popen.poll()
         if status is None:
-            raise AssertionError(
-                f"{self.name} did not stop within {WITHIN:g} s of SIGTERM\n{self.text}"
-            )
+            raise AssertionError(f"{self.name} did not stop within {WITHIN:g} s of SIGTERM\n{self.text}")
         return status
 
     def kill(self) -> None:
@@ -472,11 +468,7 @@ class Server:
             for pid, most in self._threads.items()
             if count_threads(pid) > most + SPARE_THREADS
         ]
-        dead = [
-            f"{p.pid}: zombie {p.command} of {p.parent}"
-            for p in self.processes()
-            if p.state == "Z"
-        ]
+        dead = [f"{p.pid}: zombie {p.command} of {p.parent}" for p in self.processes() if p.state == "Z"]
         return grown + many + dead
 
     def check_text(self) -> None:
@@ -545,9 +537,7 @@ def add_logoutput(config: str) -> str:
     return config if "logoutput:" in config else f"logoutput: stderr\n{config}"
 
 
-def check_configuration(
-    config: str, folder: Path, *options: str
-) -> subprocess.CompletedProcess[str]:
+def check_configuration(config: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Run `sockd -V` over a configuration and give its exit status and output."""
     return run_sockd(config, folder, "-V", *options)
 

@@ -13,16 +13,66 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from comparison import (
-    CLIENT_PASS, Case, Group, Outcome, SOCKS_PASS, Unlike, case, conf, expect, rule, run_group,
+    CLIENT_PASS,
+    SOCKS_PASS,
+    Case,
+    Group,
+    Outcome,
+    Unlike,
+    case,
+    conf,
+    expect,
+    rule,
+    run_group,
 )  # fmt: skip
 from conversation import (
-    answer, answered, associate, bind, bytewise, close_visitor, connect, connect4, cut,
-    datagram, end, end_of, fin, fin_of, first_reply, first_reply4, first_seen, go_on, greet,
-    hear, hello, invite, log_in, logged, method, no_more_visitors, open_connection, open_udp,
-    over, over_of, password, password_status, ping, raw_datagram, reply, reply4, reset,
-    same_port, saw, second_reply, second_reply4, send, unasked, v4, v5, visit,
+    answer,
+    answered,
+    associate,
+    bind,
+    bytewise,
+    close_visitor,
+    connect,
+    connect4,
+    cut,
+    datagram,
+    end,
+    end_of,
+    fin,
+    fin_of,
+    first_reply,
+    first_reply4,
+    first_seen,
+    go_on,
+    greet,
+    hear,
+    hello,
+    invite,
+    log_in,
+    logged,
+    method,
+    no_more_visitors,
+    open_connection,
+    open_udp,
+    over,
+    over_of,
+    password,
+    password_status,
+    ping,
+    raw_datagram,
+    reply,
+    reply4,
+    reset,
+    same_port,
+    saw,
+    second_reply,
+    second_reply4,
+    send,
+    unasked,
+    v4,
+    v5,
+    visit,
 )  # fmt: skip
 from servers import Danted, Sockd, World, need_danted
 
@@ -34,19 +84,13 @@ pytestmark = [pytest.mark.root, pytest.mark.dante]
 GROUPS: list[Group] = []
 
 UNKNOWN_COMMAND = "RFC 1928 has a reply for an unknown command; danted hangs up"
-UNKNOWN_TYPE = (
-    "RFC 1928 has a reply for an unknown address type; danted hangs up and logs the command"
-)
+UNKNOWN_TYPE = "RFC 1928 has a reply for an unknown address type; danted hangs up and logs the command"
 REJECTED4 = "a SOCKS 4 client is owed its rejection, and command 3 is like any other"
 SOCKS4A = "danted has no SOCKS 4A: it takes 0.0.0.x for the address and the name for payload"
 NUL_IN_NAME = "danted cuts a name at a NUL, so that rules and logs see another name than was sent"
 NO_NAME = "what cannot be a host name is refused before a resolver sees it, and escaped in the log"
-EVERY_ADDRESS = (
-    "every address of a name is tried, in both families; danted keeps to the family of the first"
-)
-RELAY_ADDRESS = (
-    "the relay is where the client's connection came in, whatever the address type of the request"
-)
+EVERY_ADDRESS = "every address of a name is tried, in both families; danted keeps to the family of the first"
+RELAY_ADDRESS = "the relay is where the client's connection came in, whatever the address type of the request"
 LONG_REASON = "danted cuts a long reason"
 FINAL_RULE = "a block by the built-in final rule is logged; danted leaves no trace of it"
 CONNECTED = "the log shows the address that was connected, never the name it came from"
@@ -59,9 +103,7 @@ COLON = "danted reads `port: N` and then matches every port"
 STRANGERS = "a stranger does not end the BIND, or any port scanner could"
 EARLY = "what the client sends before its peer has come is kept for the peer"
 SIDES = "danted swaps the sides in the close reason of a BIND"
-VERSION4 = (
-    "CVE-2024-54662: SOCKS 4 has no authentication, so a client-rule that wants some refuses it"
-)
+VERSION4 = "CVE-2024-54662: SOCKS 4 has no authentication, so a client-rule that wants some refuses it"
 ONE_CLIENT = "datagrams are taken from the host of the TCP connection only"
 EACH_SENDER = "each sender of a reply is judged, not only the first"
 BOTH_FAMILIES = "danted counts only the last family at accept level"
@@ -70,9 +112,7 @@ ACCEPTED = "log: …tcp/accept [: CLIENT SERVER"
 NO_RULES_MATCHED = "no rules matched; using default block rule"
 WRONG_COMMAND4 = "error after reading 2 bytes in _ seconds: unknown socks_v4 command: {}"
 BLOCKED_AT_ACCEPT = "log: info: block(1): tcp/accept ]: CLIENT SERVER: "
-CLOSED_AT_ACCEPT = (
-    "log: info: pass(1): tcp/accept ]: 0 -> CLIENT SERVER -> 0: {}.  Session duration: _s"
-)
+CLOSED_AT_ACCEPT = "log: info: pass(1): tcp/accept ]: 0 -> CLIENT SERVER -> 0: {}.  Session duration: _s"
 CLIENT_CLOSED_BIND = tuple(
     Unlike(
         SIDES,
@@ -126,9 +166,7 @@ def final_rule(text: str, after: str) -> tuple[Unlike, ...]:
     return (Unlike(FINAL_RULE, after, (same.removeprefix("{-1}"), line)),)
 
 
-def no_socks_rule(
-    event: str, target: str, who: str = "CLIENT", after: str = ACCEPTED
-) -> tuple[Unlike, ...]:
+def no_socks_rule(event: str, target: str, who: str = "CLIENT", after: str = ACCEPTED) -> tuple[Unlike, ...]:
     """Give the line that sockd logs where no socks-rule matches."""
     text = f"{event} ]: {who} SERVER -> 0.0.0.0.0 {target}: {NO_RULES_MATCHED}"
     return final_rule(text, after)
@@ -168,11 +206,7 @@ def unresolved(name: str) -> tuple[str, ...]:
 
 def stranger_goes(target: str, rule: int, ioop: bool = False) -> tuple[Unlike, ...]:
     """Give the difference for a BIND that goes on after somebody else has connected."""
-    read = (
-        ("log: info: pass({0}): tcp/bindreply -: VISITOR BOUND -> SERVER CLIENT (0)",)
-        if ioop
-        else ()
-    )
+    read = ("log: info: pass({0}): tcp/bindreply -: VISITOR BOUND -> SERVER CLIENT (0)",) if ioop else ()
     after = (
         "log: info: pass({0}): tcp/bindreply [: VISITOR BOUND -> SERVER CLIENT",
         *read,
@@ -1336,9 +1370,7 @@ def outcomes(private_world: World, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 CASES = [
-    pytest.param(group, case, id=f"{group.name}: {case.name}")
-    for group in GROUPS
-    for case in group.cases
+    pytest.param(group, case, id=f"{group.name}: {case.name}") for group in GROUPS for case in group.cases
 ]
 
 

@@ -437,9 +437,7 @@ def test_parse_leaves_dantes_defaults_where_the_file_is_silent() -> None:
         ("external.ip.10: 0x12", 0, 10, 18, 0),
     ],
 )
-def test_parse_reads_a_socket_option(
-    line: str, level: int, number: int, value: int, mask: int
-) -> None:
+def test_parse_reads_a_socket_option(line: str, level: int, number: int, value: int, mask: int) -> None:
     (option,) = settings(line).socket_options
     assert (option.level, option.number, option.value, option.mask) == (level, number, value, mask)
     assert f"{option.side}.{option.level_name}.{option.name}" == line.partition(":")[0]
@@ -540,9 +538,7 @@ def test_parse_gives_a_client_rule_no_commands() -> None:
         ("none", "user: bob", ()),
     ],
 )
-def test_parse_fills_the_methods_that_can_serve(
-    methods: str, lines: str, expected: tuple[str, ...]
-) -> None:
+def test_parse_fills_the_methods_that_can_serve(methods: str, lines: str, expected: tuple[str, ...]) -> None:
     assert rule(lines, settings=f"socksmethod: {methods}").socksmethods == expected
 
 
@@ -922,9 +918,7 @@ def test_parse_notes_that_a_route_forwards_passwords() -> None:
             "no external address is left: external.protocol drops them all"]),
     ],
 )  # fmt: skip
-def test_parse_complains_of_what_the_whole_file_lacks(
-    text: str, level: str, expected: list[str]
-) -> None:
+def test_parse_complains_of_what_the_whole_file_lacks(text: str, level: str, expected: list[str]) -> None:
     assert texts(text, level) == expected
 
 
@@ -1080,7 +1074,7 @@ def test_unsupported_names_are_keywords() -> None:
     for name in sockd.UNSUPPORTED:
         keyword = name.partition(":")[0]
         assert any(
-            known == keyword or keyword.endswith(".") and known.startswith(keyword)
+            known == keyword or (keyword.endswith(".") and known.startswith(keyword))
             for known in sockd.KEYWORDS
         ), name
 
@@ -1109,9 +1103,7 @@ def test_unsupported_is_an_error_for_each_use(
     ("reason", "status"),
     [("", "works"), (sockd.NOT_YET, "not yet"), ("it needs magic", "never here")],
 )
-def test_keyword_tells_its_status(
-    monkeypatch: pytest.MonkeyPatch, reason: str, status: str
-) -> None:
+def test_keyword_tells_its_status(monkeypatch: pytest.MonkeyPatch, reason: str, status: str) -> None:
     monkeypatch.setattr(sockd, "UNSUPPORTED", {"session.": reason} if reason else {})
     assert sockd.KEYWORDS["session.state.max"].status == status
     assert sockd.KEYWORDS["debug"].status == "works"
@@ -1126,9 +1118,7 @@ def test_unsupported_is_empty_when_all_is_supported(monkeypatch: pytest.MonkeyPa
 
 
 def complaint(line: str, column: int, length: int, hint: str = "") -> sockd.Complaint:
-    return sockd.Complaint(
-        "error", "wrong", sockd.Position("sockd.conf", 3, column), line, length, hint
-    )
+    return sockd.Complaint("error", "wrong", sockd.Position("sockd.conf", 3, column), line, length, hint)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,9 @@ POWERS = {
     "os.system": set(),
 }
 PURE_SECTIONS = range(1, 7)
-WORLD = re.compile(r"^(os\.(?!path\b)|time\.|threading\.|open$|print$|socket\.(?!inet_|AF_|SOL_|IPPROTO_|IP_|SO_|TCP_))")
+WORLD = re.compile(
+    r"^(os\.(?!path\b)|time\.|threading\.|open$|print$|socket\.(?!inet_|AF_|SOL_|IPPROTO_|IP_|SO_|TCP_))"
+)
 
 
 def sections() -> list[tuple[int, int, str]]:

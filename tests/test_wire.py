@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import client
 import pytest
+
 import sockd
 from sockd import (
     Endpoint,
@@ -36,9 +37,7 @@ EVERY_BYTE = bytes(range(1, 256)).decode("latin-1")  # 255 characters, no NUL
 FUZZ_INPUTS = 20_000
 
 
-def request(
-    version: int, command: str, target: Endpoint, user: str = "", flags: int = 0
-) -> Request:
+def request(version: int, command: str, target: Endpoint, user: str = "", flags: int = 0) -> Request:
     return Request(version, command, target, user, flags)
 
 
@@ -249,12 +248,8 @@ EXTREMES = [
 ]
 # fmt: on
 
-every_encodable = pytest.mark.parametrize(
-    "sample", SAMPLES + EXTREMES, ids=lambda sample: sample.name
-)
-every_sample = pytest.mark.parametrize(
-    "sample", SAMPLES + LENIENT + EXTREMES, ids=lambda sample: sample.name
-)
+every_encodable = pytest.mark.parametrize("sample", SAMPLES + EXTREMES, ids=lambda sample: sample.name)
+every_sample = pytest.mark.parametrize("sample", SAMPLES + LENIENT + EXTREMES, ids=lambda sample: sample.name)
 every_short = pytest.mark.parametrize(
     "sample",
     [sample for sample in SAMPLES + LENIENT if len(sample.data) < 64],
@@ -498,7 +493,7 @@ def test_name_is_refused(name: str, shown: str, reason: str) -> None:
     ("data", "expected"),
     [
         (b"hi\tthere\r\n", r"hi\tthere\r\n"),
-        (b"\x00\xff\x80\"\\\x1b", r'\0\377\200"\\\033'),
+        (b'\x00\xff\x80"\\\x1b', r'\0\377\200"\\\033'),
         (b"\a\b\v\f", r"\a\b\v\f"),
         (b"\x001", r"\0001"),
         (b"\x008", r"\08"),
@@ -536,6 +531,7 @@ def test_spellings_of_single_characters_differ_and_are_printable() -> None:
 
 
 # ------------------------------ against the independent client ------------------------------
+
 
 @pytest.mark.parametrize("host", ["192.0.2.7", "2001:db8::7", "example.com"])
 @pytest.mark.parametrize("command", sockd.COMMAND_OF_BYTE)

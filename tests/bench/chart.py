@@ -8,8 +8,8 @@ equally long.  Whiskers reach from the least to the greatest ratio of all rounds
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from html import escape
-from typing import Iterator
 
 from report import BASE, Results, Spread, compared, ratio_spread, show
 from work import Row
@@ -114,7 +114,7 @@ def make_chart(results: Results) -> str:
         tops.append(tops[-1] + len(bars) * (BAR_HEIGHT + BAR_GAP) + ROW_GAP)
     height = tops[-1] + MARGIN
     parts = list(draw_frame(axis, height, compared(results)))
-    for top, (row, bars) in zip(tops, rows):
+    for top, (row, bars) in zip(tops, rows, strict=False):
         parts += draw_row(axis, top, row, bars)
     size = f'width="{WIDTH}" height="{height:.0f}" viewBox="0 0 {WIDTH} {height:.0f}"'
     background = f'<rect width="{WIDTH}" height="{height:.0f}" fill="white"/>'

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import load
 from processes import Snapshot, take_snapshot
@@ -53,9 +54,7 @@ def bound_log(running: Running) -> None:
 
 def churn_slice(context: Context, running: Running, seconds: float) -> dict[str, int]:
     """Let sessions come and go for so long, then UDP associations; return the counts."""
-    totals = load.run_churn(
-        context.folder, running.port, SESSIONS_AT_ONCE, seconds, SESSIONS_PER_SECOND
-    )
+    totals = load.run_churn(context.folder, running.port, SESSIONS_AT_ONCE, seconds, SESSIONS_PER_SECOND)
     if running.server.has_config:
         udp = load.run_udp(context.folder, running.port, UDP_ASSOCIATIONS, UDP_WINDOW, UDP_SECONDS)
         totals |= {"echoes": udp["done"], "datagrams lost": udp["lost"]}

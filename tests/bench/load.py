@@ -36,9 +36,7 @@ def run(folder: Path, generator: str, seconds: float, arguments: list[str]) -> R
     """Return what one run of a generator prints; it is killed when it takes far too long."""
     command = [str(folder / generator), *arguments]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds + SPARE_SECONDS
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + SPARE_SECONDS)
     except subprocess.TimeoutExpired:
         raise BenchError(f"{generator} {' '.join(arguments)}: no end") from None
     if done.returncode != 0:

@@ -78,7 +78,7 @@ def show(value: float) -> str:
 
 
 def show_spread(found: Spread | None) -> str:
-    """Return "median (least–most)", or a dash."""
+    """Return "median (leasttomost)", or a dash."""
     if found is None:
         return "–"
     return f"{show(found.median)} ({show(found.least)}–{show(found.most)})"
@@ -166,10 +166,7 @@ def linear_section(name: str, servers: dict[str, list[Record]]) -> str:
 def churn_section(server: str, churn: dict[str, Any]) -> str:
     """Return what a server held at the start, in between and at the end of a churn run."""
     header = ["moment", *next(iter(churn["moments"].values()))]
-    lines = [
-        [name, *(show(value) for value in moment.values())]
-        for name, moment in churn["moments"].items()
-    ]
+    lines = [[name, *(show(value) for value in moment.values())] for name, moment in churn["moments"].items()]
     totals = ", ".join(f"{value:,} {key}" for key, value in churn["totals"].items())
     title = f"### Churn of {churn['seconds']:g} s: {server}\n\n"
     return title + show_table(header, lines) + f"\nIn all: {totals}.\n"

@@ -58,18 +58,14 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the rows and stop")
     parser.add_argument("--sockd-args", default="", metavar="ARGS", help='say "-N 4"')
     parser.add_argument("--orderly", action="store_true", help="also the row with TIME_WAIT, slow")
-    parser.add_argument(
-        "--linear", nargs="?", const=",".join(SERIES), default="", metavar="SERIES"
-    )
+    parser.add_argument("--linear", nargs="?", const=",".join(SERIES), default="", metavar="SERIES")
     parser.add_argument("--churn", type=float, default=0.0, metavar="SECONDS")
     parser.add_argument("--no-table", action="store_true", help="only --linear and --churn")
     parser.add_argument("--out", type=Path, help="folder for the results (a new one in /tmp)")
     return check_options(parser, parser.parse_args(arguments))
 
 
-def check_options(
-    parser: argparse.ArgumentParser, options: argparse.Namespace
-) -> argparse.Namespace:
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> argparse.Namespace:
     """Return the options with what was left open filled in; exit when one cannot be."""
     options.rounds = options.rounds or (1 if options.quick else 5)
     options.seconds = options.seconds or (1.0 if options.quick else 3.0)
@@ -207,9 +203,7 @@ def measure_linear(
                 results.notes.append(f"cost by {name}: {server.name}: {error}")
 
 
-def measure_churn(
-    results: report.Results, seconds: float, servers: list[Server], context: Context
-) -> None:
+def measure_churn(results: report.Results, seconds: float, servers: list[Server], context: Context) -> None:
     """Fill in the churn runs."""
     for server in (one for one in servers if not one.sessions_only):
         try:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import load
 import processes
@@ -145,9 +145,7 @@ def udp_task(associations: int, window: int) -> Task:
 
     def run(context: Context, server: Server) -> Values:
         with Running(server, context.setup, context.folder) as running:
-            result = load.run_udp(
-                context.folder, running.port, associations, window, context.seconds
-            )
+            result = load.run_udp(context.folder, running.port, associations, window, context.seconds)
         return {key: result["per_second"], f"{key}.loss": result["loss_percent"]}
 
     title = f"{associations} association{'s' if associations > 1 else ''}, {window} in flight"
