@@ -4883,6 +4883,10 @@ class Question(NamedTuple):
                 pass
 
 
+class InboxEnded(SockdError):
+    """A worker has shut down the inbox that all share: nobody can ask any more."""
+
+
 class MalformedMessage(ProtocolError):
     """A worker sent what no worker of ours sends; `pid` is the kernel's word for who."""
 
@@ -4894,12 +4898,8 @@ class MalformedMessage(ProtocolError):
 CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid (linux/socket.h)
 
 
-def receive_question(inbox: socket.socket, granted: frozenset[Favour]) -> Question:
-    """Read one question from an inbox that has SO_PASSCRED set; MalformedMessage if it is none."""
-    space = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_SPACE(4)
-    # MSG_DONTWAIT: between poll and here another helper may have taken the question.
-    how = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-    data, ancillary, flags, _ = inbox.recvmsg(MAX_MESSAGE_BYTES, space, how)
+def read_ancillary(ancillary: Iterable[tuple[int, int, bytes]]) -> tuple[int, list[int]]:
+    """Return the sender's pid, which the kernel vouches for, and the descriptors that it has sent."""
     pid = 0
     descriptors: list[int] = []
     for level, kind, value in ancillary:
@@ -4907,6 +4907,18 @@ def receive_question(inbox: socket.socket, granted: frozenset[Favour]) -> Questi
             pid = CREDENTIALS.unpack(value)[0]
         elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors += struct.unpack(f"={len(value) // 4}i", value[: len(value) // 4 * 4])
+    return pid, descriptors
+
+
+def receive_question(inbox: socket.socket, granted: frozenset[Favour]) -> Question:
+    """Read one question from an inbox that has SO_PASSCRED set; MalformedMessage if it is none."""
+    space = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_SPACE(4)
+    # MSG_DONTWAIT: between poll and here another helper may have taken the question.
+    how = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+    data, ancillary, flags, _ = inbox.recvmsg(MAX_MESSAGE_BYTES, space, how)
+    if not data and not ancillary:  # an empty message would have its sender's credentials
+        raise InboxEnded("the inbox was shut down")
+    pid, descriptors = read_ancillary(ancillary)
     try:
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors) != 1:
             raise ProtocolError("message too long, or not with exactly one descriptor")
@@ -7105,6 +7117,9 @@ class Worker:
             self.sessions.discard(session)
 
 
+NOBODY = b"0"  # in the place of a pid, where a helper cannot tell which worker went wrong
+
+
 class Helper(Protocol):
     """What run_helper drives: Resolver and Warden."""
 
@@ -7144,6 +7159,9 @@ def run_helper(serving: Serving, inbox: socket.socket, control: socket.socket, h
                 continue  # another helper was quicker
             except MalformedMessage as error:
                 control.send(encode_message(0, [str(error.pid).encode(), str(error).encode()]))
+            except InboxEnded as error:
+                poller.unregister(inbox.fileno())
+                control.send(encode_message(0, [NOBODY, str(error).encode()]))
 
 
 def grant_resolve(fields: list[bytes]) -> list[bytes]:
@@ -7836,9 +7854,27 @@ class Mother:
             culprit = pid
         if child.kind == "worker":
             culprit = pid  # a worker of ours says nothing here, so this one is not ours any more
+        elif culprit == int(NOBODY) and child.generation == self.generation:
+            self.start_over()
+            return
         if culprit in self.children and self.children[culprit].kind == "worker":
             self.log.write("error", f"worker {culprit} sent a malformed message: ending it")
             os.kill(culprit, signal.SIGKILL)
+
+    def start_over(self) -> None:
+        """Take new inboxes and new children: a worker has ended the old ones, and nobody knows which."""
+        self.log.write("error", "a worker has shut down what all workers ask by: ending them all")
+        for pid, child in self.children.items():
+            if child.kind == "worker":
+                os.kill(pid, signal.SIGKILL)
+            else:
+                self.order(child, Order.STOP)
+        for inbox in (*self.resolver_inbox, *self.warden_inbox):
+            inbox.close()
+        self.resolver_inbox, self.warden_inbox = make_inbox(), make_inbox()
+        self.generation += 1
+        self.due = []
+        self.spawn_children()
 
     def reap_soon(self, pid: int, child: Child) -> None:
         """Wait for a child that has closed its control socket: it is ending, or no longer to be trusted."""

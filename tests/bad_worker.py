@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -143,6 +143,8 @@ ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
     "accuses others": accuse_others,
     "closes its control socket": close_control,
 }
+
+
 def end_inbox(which: str) -> Callable[[sockd.Session], None]:
     """Make an attack: shut down the connection that all workers share."""
 
@@ -172,9 +174,19 @@ def address_of(attack: str) -> str:
     return f"{ATTACKERS}{[*ATTACKS, *QUIET_ATTACKS].index(attack) + 1}"
 
 
+class TalkativeWorker(sockd.Worker):
+    """A worker whose sessions can talk to the mother."""
+
+    def __init__(
+        self, serving: sockd.Serving, listeners: Sequence[socket.socket], control: socket.socket
+    ) -> None:
+        CONTROL[:] = [control]
+        super().__init__(serving, listeners, control)
+
+
 def serve_with_bad_workers() -> int:
     """Run sockd, its workers open to attack."""
-    serve, make = sockd.serve_client, sockd.Worker.__init__
+    serve = sockd.serve_client
     table = {address_of(name): attack for name, attack in {**ATTACKS, **QUIET_ATTACKS}.items()}
 
     def serve_client(session: sockd.Session) -> None:
@@ -188,11 +200,7 @@ def serve_with_bad_workers() -> int:
         session.connection.recv(1)
         session.close()
 
-    def make_worker(worker: sockd.Worker, serving: object, listeners: object, control: socket.socket) -> None:
-        CONTROL[:] = [control]
-        make(worker, serving, listeners, control)
-
-    sockd.serve_client, sockd.Worker.__init__ = serve_client, make_worker
+    sockd.serve_client, sockd.Worker = serve_client, TalkativeWorker  # type: ignore[misc]
     return sockd.main()
 
 
@@ -208,22 +216,39 @@ VALUES = [
     b"gssapi", b"sockd", b"deny", b"permit", b"../permit", b"/etc/shadow", b"alice", b"wonderland", b"root",
     b"nobody", b"\0", b"alice\0", b"%s%n", b"y" * 3000,
 ]  # fmt: skip
-MESSAGE_KINDS = (0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 6, 6, 7, 255)
+TEXTS = [b"", b"localhost", b"no.test", b"\xff" * 63, b"x." * 127, b"%s%n", b"lo", b"alice", b"wonderland"]
+HOSTS = [b"127.0.0.1", b"::1", b"fe80::1%lo", b"fe80::1%nowhere", b"0.0.0.0", b"2001:db8::1"]
+ADDRESSES = [b"4 127.0.0.1", b"4 127.0.0.2", b"6 ::1", b"6 fe80::1%lo", b"6 fe80::1%nowhere", b"4 0.0.0.0"]
+NUMBERS = [b"", b"0", b"4", b"46", b"5", b"80", b"65536", b"99999"]
+METHODS = [b"username", b"pam.username", b"pam.address", b"pam.any", b"none", b"gssapi"]
+SERVICES = [b"sockd", b"deny", b"permit", b"../permit", b"/etc/shadow", b""]
+# Kind of message -> what its fields may be.
+FIELDS: dict[int, list[list[bytes]]] = {
+    sockd.Favour.RESOLVE: [TEXTS, NUMBERS],
+    sockd.Favour.REVERSE: [ADDRESSES],
+    sockd.Favour.INTERFACE: [TEXTS],
+    sockd.Favour.GROUPS: [TEXTS],
+    sockd.Favour.PASSWORD: [METHODS, SERVICES, TEXTS, TEXTS, HOSTS, HOSTS],
+    sockd.Favour.BIND: [[b"tcp", b"udp", b"sctp"], ADDRESSES, NUMBERS],
+}
+MESSAGE_KINDS = (0, 1, 2, 3, 4, 5, 6, 7, 255)
 
 
 def make_field(chance: random.Random) -> bytes:
-    """Make a field of a message."""
+    """Make a field that may be anything."""
     return chance.choice(VALUES) if chance.random() < 0.8 else chance.randbytes(chance.randint(0, 20))
 
 
-def make_message(chance: random.Random) -> bytes:
-    """Make a message: random bytes, or what a worker might send, or nearly that."""
-    if chance.random() < 0.1:
+def make_message(kinds: Sequence[int], chance: random.Random) -> bytes:
+    """Make a message: what a worker might send, or nearly that, or random bytes."""
+    if chance.random() < 0.05:
         return chance.randbytes(chance.choice((0, 1, 2, 3, 10, 4096, 5000)))
-    kind = chance.choice(MESSAGE_KINDS)
-    wanted = len(sockd.FAVOUR_FIELDS.get(kind, ((),)))
-    count = wanted if chance.random() < 0.9 else chance.randint(0, 8)
-    message = bytearray(sockd.encode_message(kind, [make_field(chance) for _ in range(count)]))
+    kind = chance.choice(kinds)
+    pools = FIELDS.get(kind, [VALUES])
+    fields = [make_field(chance) if chance.random() < 0.1 else chance.choice(pool) for pool in pools]
+    if chance.random() < 0.1:
+        fields = [make_field(chance) for _ in range(chance.randint(0, 8))]
+    message = bytearray(sockd.encode_message(kind, fields))
     if chance.random() < 0.2:
         for _ in range(chance.randint(1, 3)):
             message[chance.randrange(len(message))] = chance.randrange(256)
@@ -252,6 +277,7 @@ class Bombardment:
         self.pid, self.control = sockd.spawn(body)
         read_end.close()
         self.control.settimeout(LONGEST_WAIT)
+        self.kinds = [*[int(favour) for favour in helper.granted] * 3, *MESSAGE_KINDS]
         self.outcomes: Counter[str] = Counter()
         self.senders: set[bytes] = set()
 
@@ -261,7 +287,7 @@ class Bombardment:
         pipe = os.pipe()
         good = theirs.fileno()
         wrong: list[list[int]] = [[], [good] * 2, [good] * 9, [pipe[0]], [pipe[1]]]
-        descriptors = [good] if chance.random() < 0.7 else chance.choice(wrong)
+        descriptors = [good] if chance.random() < 0.85 else chance.choice(wrong)
         try:
             socket.send_fds(self.inbox, [message], descriptors)
             theirs.close()
@@ -293,9 +319,10 @@ class Bombardment:
     def run(self, count: int, seed: int) -> dict[str, object]:
         """Send the messages and describe what came of them."""
         chance = random.Random(seed)
+        self.send(b"", random.Random(0))  # once it answers it has what it needs
         before = self.count_descriptors()
         for _ in range(count):
-            message = make_message(chance)
+            message = make_message(self.kinds, chance)
             outcome = self.send(message, chance)
             self.outcomes[outcome] += 1
             if outcome == "helper gone":

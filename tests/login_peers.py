@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import importlib.util
 import select
 import socket
 import threading
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peers import RESET
-from servers import World
+from servers import World, need
 
 # ------------------------------ accounts ------------------------------
 
@@ -83,6 +84,19 @@ def add_accounts(world: World, folder: Path) -> World:
 
 
 # ------------------------------ PAM ------------------------------
+
+
+def find_module(name: str) -> bool:
+    """Tell whether the system has a PAM module."""
+    places = ("lib/security", "lib/*/security", "lib64/security", "usr/lib/security", "usr/lib/*/security")
+    return any(any(Path("/").glob(f"{place}/{name}")) for place in places)
+
+
+def need_pam() -> None:
+    """Skip where the modules, or the package by which the server asks PAM, are missing."""
+    need(find_module("pam_succeed_if.so"), "libpam-modules is missing")
+    need(find_module("pam_pwdfile.so"), "libpam-pwdfile is missing")
+    need(importlib.util.find_spec("pam"), "python-pam is missing")
 
 
 TOLD_HOST = "127.3.2.1"

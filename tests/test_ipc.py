@@ -75,8 +75,8 @@ def test_helper_answers_or_reports_each_of_many_random_messages(
     outcomes = found["outcomes"]
     assert "helper gone" not in outcomes, f"by {found['last']}"
     assert outcomes["answered"] + outcomes["reported"] == int(count)
-    assert min(outcomes.values()) > int(count) // 10
-    assert found["leaked"] == 0
+    assert min(outcomes.values()) > int(count) // 5
+    assert found["leaked"] <= 0
     assert found["status"] == 0
     assert found["named"]  # every report names the process that sent the message
 
@@ -162,6 +162,9 @@ def test_worker_that_spoils_the_channel_holds_up_nobody(
     server = BadSockd(BAD_CONFIG, tmp_path, ("-N", "2"), private_world)
     try:
         attack(server, name)
+        if name.startswith("ends the"):
+            # All workers share the inbox, and nobody can tell who has ended it: all are replaced.
+            eventually(lambda: sum(m.endswith(" running") for m in server.messages) == 4)
         check_others_are_served(server, peer)
         eventually(lambda: is_calm(server))
         assert server.stop() == 0

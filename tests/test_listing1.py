@@ -69,8 +69,8 @@ def server(private_world: World, jail: Path, tmp_path_factory: pytest.TempPathFa
     running.close()
 
 
-@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
-def way(server: Server, request: pytest.FixtureRequest) -> tuple[tuple[str, int], str, str]:
+@pytest.fixture(params=list(FAMILIES.values()), ids=list(FAMILIES))
+def way(server: Server, request: Any) -> tuple[tuple[str, int], str, str]:
     """The server's address, a target's and a name of that, in one family."""
     host, name = request.param
     return server.addresses[":" in host], host, name

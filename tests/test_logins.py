@@ -28,6 +28,7 @@ REFUSED = 1
 @pytest.fixture(scope="module")
 def login_world(private_world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     """Give a world with accounts; `sha512` has the password `sha512-pw`."""
+    login_peers.need_pam()
     return login_peers.add_accounts(private_world, tmp_path_factory.mktemp("accounts") / "etc")
 
 
@@ -150,9 +151,7 @@ def test_ident_is_asked_once_from_where_the_client_came_in(
     assert identd.queries == [("127.0.0.9", query)]
 
 
-def test_socks4_user_is_no_proof(
-    sockd: Factory, login_world: World, identd: Identd, peer: StartPeer
-) -> None:
+def test_socks4_user_is_no_proof(sockd: Factory, login_world: World, identd: Identd, peer: StartPeer) -> None:
     config = write_config("rfc931", "user: sha512").replace("socksmethod: rfc931", "socksmethod: rfc931 none")
     server, target = sockd(config, world=login_world), peer("echo")
     with Client(server.addresses[0], source=("127.3.0.2", 0)) as client:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import login_peers
@@ -34,7 +33,7 @@ from conversation import (
     v5,
 )  # fmt: skip
 from login_peers import LONG_PASSWORD, LONG_USER, Identd
-from servers import Danted, Sockd, World, need, need_danted
+from servers import Danted, Sockd, World, need_danted
 
 pytestmark = [pytest.mark.root, pytest.mark.dante]
 
@@ -504,7 +503,7 @@ def decode_log(name: str) -> str:
 @pytest.fixture(scope="module")
 def login_world(private_world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     """Give a world with accounts and PAM services."""
-    need(Path("/usr/lib").glob("*/security/pam_pwdfile.so"), "pam_pwdfile is missing (libpam-pwdfile)")
+    login_peers.need_pam()
     folder = tmp_path_factory.mktemp("logins")
     folder.chmod(0o755)
     world = login_peers.add_accounts(private_world, folder / "etc")
