@@ -6996,14 +6996,19 @@ class Worker:
         """Wait for the lead; False for a thread that has waited long and is not the only one to wait."""
         with self.crowd:
             self.waiting += 1
-        while not self.lead.acquire(timeout=IDLE_THREAD_SECONDS):
-            with self.crowd:
-                if self.waiting > 1:
+        counted = True
+        try:
+            while not self.lead.acquire(timeout=IDLE_THREAD_SECONDS):
+                with self.crowd:
+                    if self.waiting > 1:
+                        self.waiting -= 1
+                        counted = False
+                        return False
+            return True
+        finally:
+            if counted:
+                with self.crowd:
                     self.waiting -= 1
-                    return False
-        with self.crowd:
-            self.waiting -= 1
-        return True
 
     def call_successor(self) -> bool:
         """Start the thread that will lead while this one serves; False if there can be none."""
@@ -7017,10 +7022,14 @@ class Worker:
     def find_client(self) -> Session | None:
         """Wait until there is a client, and return its session; None when no more are to be taken."""
         while not self.draining:
-            for descriptor, _ in self.poller.poll():
-                session = self.accept(self.listeners[descriptor]) if descriptor in self.listeners else None
-                if session is not None:
-                    return session
+            try:
+                for descriptor, _ in self.poller.poll():
+                    listener = self.listeners.get(descriptor)
+                    session = self.accept(listener) if listener is not None else None
+                    if session is not None:
+                        return session
+            except MemoryError:
+                self.cushion = None  # the leader stays: it has nobody to follow it
         return None
 
     def accept(self, listener: socket.socket) -> Session | None:
@@ -7044,11 +7053,18 @@ class Worker:
         if self.cushion is not None and self.reserve >= 0:
             self.complained = False
         try:
-            connection.setblocking(False)
-            local = endpoint_of(connection.getsockname(), connection.family)
+            return self.make_session(connection, address)
+        except MemoryError:
+            self.run_short("out of memory")
         except OSError:
-            connection.close()
-            return None
+            pass  # the client has gone already
+        connection.close()
+        return None
+
+    def make_session(self, connection: socket.socket, address: tuple) -> Session:  # type: ignore[type-arg]
+        """Return the session of a connection that has just been accepted; OSError, MemoryError."""
+        connection.setblocking(False)
+        local = endpoint_of(connection.getsockname(), connection.family)
         session = Session(self.serving, connection, endpoint_of(address, connection.family), local)
         self.sessions.add(session)
         return session
