@@ -55,9 +55,11 @@ def rule(head: str, *items: str) -> str:
 
 
 def lines_about(server: Server, client: Address) -> list[str]:
-    """Give the records that name a client's connection."""
+    """Give the records that name a client's connection, without those of an older one from its port."""
     name = re.compile(rf"(?<![\d.:]){re.escape(client[0])}\.{client[1]}(?!\d)")
-    return [message for message in server.messages if name.search(message)]
+    lines = [message for message in server.messages if name.search(message)]
+    accepts = [n for n, line in enumerate(lines) if re.search(rf"tcp/accept \[: {name.pattern} ", line)]
+    return lines[accepts[-1] :] if accepts else lines
 
 
 def wait_for_line(server: Server, client: Address, *parts: str) -> str:
