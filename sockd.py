@@ -6313,15 +6313,23 @@ class ConnectRequest:
         self.request = request
         self.target = request.target
         self.event = "tcp/connect"
+        self.bound = UNSPECIFIED  # where the connection to the target begins
 
     def run(self) -> None:
+        records = self.open()
+        if records is not None:
+            self.session.reply(Reply.SUCCEEDED, self.bound)
+            run_relay(self.session, records, *records.sides)
+
+    def open(self) -> TcpRecords | None:
+        """Judge and connect: return the path, client first, or None when why not has been answered."""
         session = self.session
         try:
             addresses = self.find_addresses()
         except Refused as refusal:
             # As Dante: these come before any socks-rule and are recorded by the client-rule.
             self.fail(session.client_rule, "", str(refusal), refusal.reply, self.target)
-            return
+            return None
         decision = session.decide(session.facts("connect", self.target, addresses))
         session.authenticated_by(decision.method)
         if decision.verdict == "block":
@@ -6329,11 +6337,9 @@ class ConnectRequest:
                 decision.rule, self.event, describe_endpoint(self.target), decision.reason
             )
             session.reply(Reply.NOT_ALLOWED, self.target)
-            return
+            return None
         connection = self.connect(decision)
-        if connection is not None:
-            session.opened.append(connection)
-            self.relay(decision.rule, connection)
+        return self.join(decision.rule, connection) if connection is not None else None
 
     def find_addresses(self) -> tuple[Endpoint, ...]:
         """Return the addresses of the target, each of which the rules will see.
@@ -6404,18 +6410,16 @@ class ConnectRequest:
             record.write("pass", rule, self.event, "]", path + info)
         record.closed(0, 0, reason)
 
-    def relay(self, rule: Rule, connection: socket.socket) -> None:
-        """Answer that the target is connected, and move data until the end."""
+    def join(self, rule: Rule, connection: socket.socket) -> TcpRecords:
+        """Return the path from the client to a target that is connected; the session closes both ends."""
         session = self.session
-        source = endpoint_of(connection.getsockname(), connection.family)
+        session.opened.append(connection)
+        self.bound = endpoint_of(connection.getsockname(), connection.family)
         target = endpoint_of(connection.getpeername(), connection.family)
         session.record.connections.append(connection)
         session.set_own_options(rule)
-        session.reply(Reply.SUCCEEDED, source)
-        client_side, target_side = Side(session.connection, "local client"), Side(connection, "remote peer")
-        pair = (client_side, target_side)
-        records = TcpRecords(session, rule, self.event, session.record.side, f"{source} {target}", pair)
-        run_relay(session, records, client_side, target_side)
+        pair = (Side(session.connection, "local client"), Side(connection, "remote peer"))
+        return TcpRecords(session, rule, self.event, session.record.side, f"{self.bound} {target}", pair)
 
 
 BIND_EXTENSION = "255.255.255.255"  # a DST.ADDR that asks for several peers (sockd.conf(5), extension)
