@@ -7356,8 +7356,9 @@ class Warden:
 # The process with the power: binds, opens logs, forks the others, acts on signals.  It has one
 # thread and never reads a byte of a client.
 
-DEFAULT_PIDFILE = "/var/run/sockd.pid"
-DEFAULT_CONFIG = "/etc/sockd.conf"
+DEFAULT_CONFIG, DEFAULT_PIDFILE = "/etc/sockd.conf", "/var/run/sockd.pid"
+# As Debian's danted: so started, by a link of that name, we take its place in scripts that give no option.
+DANTED_CONFIG, DANTED_PIDFILE = "/etc/danted.conf", "/var/run/danted.pid"
 DEBUG_EVENTS = frozenset({"connect", "disconnect", "error", "ioop"})
 PIDFILE_MODE = 0o644  # As Dante.
 FALLBACK_USER = "nobody"  # where root starts us and user.unprivileged is not set
@@ -7377,6 +7378,11 @@ class Options(NamedTuple):
     chroot: str = ""
     add_user: str = ""
     program: str = "sockd"
+
+
+def default_files(program: str) -> tuple[str, str]:
+    """Return the configuration file and the pid file that go with the name that we were started by."""
+    return (DANTED_CONFIG, DANTED_PIDFILE) if program == "danted" else (DEFAULT_CONFIG, DEFAULT_PIDFILE)
 
 
 def find_unusable_externals(config: Config) -> tuple[Complaint, ...]:
@@ -7555,7 +7561,7 @@ class Mother:
         self.children: dict[int, Child] = {}
         self.generation = 0
         self.accounts: tuple[Account | None, Account | None] = (None, None)  # privileged, unprivileged
-        self.pidfile = Pidfile(options.pidfile or DEFAULT_PIDFILE)
+        self.pidfile = Pidfile(options.pidfile or default_files(options.program)[1])
         self.resolver_inbox = self.warden_inbox = (socket.socket(), socket.socket())
         self.wakeup = (-1, -1)
         self.ending = False
@@ -8028,7 +8034,7 @@ OPTION_VALUES: dict[str, Callable[[str], dict[str, object]]] = {
 def parse_options(program: str, arguments: Sequence[str]) -> tuple[Options, frozenset[str]]:
     """Return the options and which of -V and -v are among them; getopt.GetoptError, ConfigError."""
     pairs, rest = getopt.getopt(list(arguments), SHORT_OPTIONS, LONG_OPTIONS)
-    values: dict[str, object] = {"program": program}
+    values: dict[str, object] = {"program": program, "config_file": default_files(program)[0]}
     modes = set()
     for name, value in pairs:
         if name in ("-V", "-v"):
@@ -8053,7 +8059,8 @@ def find_text_option(arguments: Sequence[str]) -> str:
 
 
 def describe_usage(program: str) -> str:
-    return USAGE.format(program=program, config=DEFAULT_CONFIG, pidfile=DEFAULT_PIDFILE)
+    config, pidfile = default_files(program)
+    return USAGE.format(program=program, config=config, pidfile=pidfile)
 
 
 def print_complaints(complaints: Iterable[Complaint]) -> None:

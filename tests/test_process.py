@@ -136,6 +136,19 @@ def test_help_lists_every_option_and_acts_at_once(options: tuple[str, ...]) -> N
     assert "--chroot" in result.stdout
 
 
+@pytest.mark.parametrize("name", ["sockd", "danted", "dante"])
+def test_name_decides_which_files_are_the_default(name: str, tmp_path: Path) -> None:
+    link = tmp_path / name
+    link.symlink_to(os.environ.get("SOCKD") or SOCKD)
+    command = [str(link)] if os.environ.get("SOCKD") else [sys.executable, str(link)]
+    shown = subprocess.run([*command, "-h"], capture_output=True, text=True, check=True).stdout
+    base = "danted" if name == "danted" else "sockd"
+    assert f"[/etc/{base}.conf]" in shown
+    assert f"[/var/run/{base}.pid]" in shown
+    used = subprocess.run([*command, "-V"], capture_output=True, text=True, check=False)
+    assert used.returncode == 0 or f"/etc/{base}.conf" in used.stderr
+
+
 @pytest.mark.parametrize("options", [("-L",), ("-L", "-Z"), ("-Lh",)], ids=" ".join)
 def test_licence_is_printed_at_once(options: tuple[str, ...]) -> None:
     result = run_options(*options)
