@@ -29,12 +29,13 @@ Contents.  Code names only what stands above it; up to 6 nothing touches the wor
     9. Sockets           waiting, listening, connecting; errno to SOCKS reply
     10. Privileges       fork, chroot, identity; asking who has the power
     11. Authentication   who is this: passwords, PAM, ident
-    12. Relay            bytes and datagrams between two sides
-    13. Session          one client, from accept to its request
-    14. Requests         CONNECT, BIND and UDP ASSOCIATE
-    15. Processes        worker, resolver, warden
-    16. Mother           listeners, children, signals, reload
-    17. Command line     options and exit status
+    12. Shared counts    what all workers count together: sessions
+    13. Relay            bytes and datagrams between two sides
+    14. Session          one client, from accept to its request
+    15. Requests         CONNECT, BIND and UDP ASSOCIATE
+    16. Processes        worker, resolver, warden
+    17. Mother           listeners, children, signals, reload
+    18. Command line     options and exit status
 
 Words: a *client* asks us for a *target*; *internal* is our side towards clients, *external* that
 towards targets; a *rule* gives a *verdict*, pass or block; an *endpoint* is an address with a port.
@@ -653,7 +654,6 @@ UNSUPPORTED = {
     "redirect to": NOT_YET,
     "route": NOT_YET,
     "route.": NOT_YET,
-    "session.": NOT_YET,
     "socksmethod: gssapi": NOT_YET,
     "bsdauth.stylename": NEEDS_OPENBSD,
     "hostid": NEEDS_HOSTID,
@@ -5247,7 +5247,192 @@ def ask_ident(client: Endpoint, local: Endpoint, deadline: float) -> str | None:
         return None
 
 
-# ============================== 12. Relay ==============================
+# ============================== 12. Shared counts ==============================
+# What the workers of one generation count together: the sessions of a rule and of a source.  The mother
+# maps the memory before she forks; its old generation drains with its own counts, as Dante's sessions keep
+# their old rules.  Each worker has words of its own for what it holds, so that the mother can take
+# back what a dead one held.  Whoever changes more than that holds the lock, which the kernel takes from
+# a process that dies.
+#
+# A hijacked worker can write anything here and hold the lock for ever.  That spoils limits and nothing
+# else: no word is used as an index, every value is checked when it is read, and nobody waits long.
+
+LOCK_SECONDS = 1.0  # a holder needs microseconds; one that keeps the lock this long has gone wrong
+LOCK_PAUSE_SECONDS = 0.0002
+MOST_SOURCES = 65536  # sources counted at a time under session.state.*, for all rules together
+MOST_PROBES = 64  # entries that a source may be found in
+MOST_COUNT = 1 << 62  # what is higher was not written by us
+NANOSECONDS = 1_000_000_000
+KEY_WORDS = 3  # rule and family, and the two halves of an IPv6 address
+
+
+class SharedLock:
+    """Mutual exclusion of all threads of all workers: a record lock of fcntl(2) and a lock of threads.
+
+    Shared; nothing that waits is called under it.
+    """
+
+    def __init__(self) -> None:
+        self.descriptor = os.memfd_create("sockd-lock")
+        self.threads = threading.Lock()
+        self.patience = LOCK_SECONDS
+
+    def __enter__(self) -> None:
+        self.threads.acquire()
+        deadline = time.monotonic() + self.patience
+        while True:
+            try:
+                fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.patience = LOCK_SECONDS
+                return
+            except OSError:
+                if time.monotonic() >= deadline:
+                    # Go on without it: the counts of one who holds it so long are spoilt anyhow.
+                    self.patience = 0.0
+                    return
+                time.sleep(LOCK_PAUSE_SECONDS)
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            fcntl.lockf(self.descriptor, fcntl.LOCK_UN)
+        finally:
+            self.threads.release()
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def limits_sessions(limits: SessionLimits) -> bool:
+    """Tell whether a rule limits its sessions."""
+    return bool(limits.max or limits.throttle or limits.state_key)
+
+
+class Place(NamedTuple):
+    """What a session holds of its rules' limits: the words to count down when it ends."""
+
+    words: tuple[int, ...]
+
+
+class Counts:
+    """The shared memory of one generation.  Made by the mother, shared by all threads of its workers.
+
+    It is an array of 64-bit words.  A gauge is START (of the throttle's time, in ns), TAKEN (sessions
+    since), and for each worker the sessions that it holds.  Each rule with limits has one, and so has
+    each entry of the table of sources, behind its key.
+    """
+
+    def __init__(self, limited: Sequence[Rule], workers: int) -> None:
+        """Map the memory for rules that limit their sessions; OSError."""
+        self.workers = workers
+        self.number = 0  # of this worker, from 0
+        self.gauge_words = 2 + workers
+        self.entry_words = KEY_WORDS + self.gauge_words
+        self.gauges = {(r.kind, r.number): n * self.gauge_words for n, r in enumerate(limited)}
+        self.table = len(limited) * self.gauge_words
+        self.entries = MOST_SOURCES if any(rule.session.state_key for rule in limited) else 0
+        size = self.table + self.entries * self.entry_words
+        mmap = importlib.import_module("mmap")
+        # Anonymous memory, as nobody can truncate that under the others.  What of the table is never
+        # used never becomes memory.
+        self.words = memoryview(mmap.mmap(-1, size * 8)).cast("Q")
+        self.lock = SharedLock()
+
+    # --- the mother's side ---
+
+    def forget(self, number: int) -> None:
+        """Take back what a dead worker held.  Needs no lock: they are that worker's own words."""
+        offset = 2 + number
+        for start in self.gauges.values():
+            self.words[start + offset] = 0
+        for entry in range(self.table, len(self.words), self.entry_words):
+            if self.words[entry]:
+                self.words[entry + KEY_WORDS + offset] = 0
+
+    # --- the workers' side ---
+
+    def take(self, rule: Rule, client: Endpoint) -> Place:
+        """Count one more session under a rule; Refused, in Dante's words, where that is one too many.
+
+        As Dante: the rate is looked at before the number, and all clients before the one.
+        """
+        limits, now = rule.session, time.monotonic_ns()
+        with self.lock:
+            gauges = [self.gauges[rule.kind, rule.number]]
+            self._check(gauges[0], limits.max, limits.throttle, "", now)
+            if limits.state_key:
+                gauges.append(self._find_source(gauges[0], client))
+                self._check(gauges[1], limits.state_max, limits.state_throttle, "per-key ", now)
+            for gauge in gauges:
+                self._add(gauge + 1, 1)
+                self._add(gauge + 2 + self.number, 1)
+        return Place(tuple(gauge + 2 + self.number for gauge in gauges))
+
+    def leave(self, place: Place) -> None:
+        """Count one session less.  The words are this worker's own, so its threads' lock is enough."""
+        with self.lock.threads:
+            for word in place.words:
+                self._add(word, -1)
+
+    def _add(self, word: int, change: int) -> None:
+        self.words[word] = min(max(self.words[word] + change, 0), MOST_COUNT)
+
+    def _held(self, gauge: int) -> int:
+        return sum(self.words[gauge + 2 : gauge + self.gauge_words])
+
+    def _check(
+        self, gauge: int, most: int | None, throttle: tuple[int, int] | None, key: str, now: int
+    ) -> None:
+        """Refused unless a gauge has room for one more; begin the throttle's next time when it has come."""
+        held = self._held(gauge)
+        if throttle:
+            age = now - self.words[gauge]
+            if not 0 <= age < throttle[1] * NANOSECONDS:
+                self.words[gauge], self.words[gauge + 1], age = now, 0, 0
+            taken = self.words[gauge + 1]
+            if taken >= throttle[0]:
+                raise Refused(
+                    f"{key}session rate limit reached (already accepted "
+                    f"{describe_count(taken, 'new client')} during the last {age // NANOSECONDS}s.  "
+                    f"Current client count: {held})"
+                )
+        if most and held >= most:
+            slots = "slot" if most == 1 else "slots"
+            raise Refused(f"{key}session limit reached ({held}/{most} {slots} in use)")
+
+    def _find_source(self, rule_gauge: int, client: Endpoint) -> int:
+        """Return the gauge of a client's address under a rule; Refused when there is no room for it.
+
+        An address that is new takes the entry of one without sessions, the longest unused.
+        """
+        number = address_number(client)
+        key = [rule_gauge << 8 | client.family, number >> 64, number & (1 << 64) - 1]
+        # Python's hash of bytes has a secret key, so nobody can choose addresses that collide.
+        first = hash(struct.pack("=3Q", *key)) % self.entries
+        oldest, found = MOST_COUNT, -1
+        for probe in range(first, first + MOST_PROBES):
+            entry = self.table + probe % self.entries * self.entry_words
+            gauge = entry + KEY_WORDS
+            if self.words[entry : entry + KEY_WORDS].tolist() == key:
+                return gauge
+            if self.words[gauge] < oldest and not self._held(gauge):
+                oldest, found = self.words[gauge], entry
+            if not self.words[entry]:
+                break  # never used: so it was not passed over either
+        if found < 0:
+            raise Refused("no room to count the sessions of one more address")
+        for offset in range(self.entry_words):
+            self.words[found + offset] = key[offset] if offset < KEY_WORDS else 0
+        self.words[found + KEY_WORDS] = time.monotonic_ns()
+        return found + KEY_WORDS
+
+
+def make_counts(config: Config, workers: int) -> Counts | None:
+    """Return what the workers of a configuration share, or None where it counts nothing; OSError."""
+    limited = [r for r in (*config.client_rules, *config.socks_rules) if limits_sessions(r.session)]
+    return Counts(limited, workers) if limited else None
+
+
+# ============================== 13. Relay ==============================
 # io: bytes move until both sides have finished.  Half-close is symmetric: a FIN from one side is passed on
 # once everything before it has been, and the other direction goes on.  A reset is passed on as a reset.
 # What one side does not take stays in the kernel of the other: no more than one read is ever held here.
@@ -5742,7 +5927,7 @@ class UdpRelay:
         self.events.log_datagram(decision, packet, data)
 
 
-# ============================== 13. Session ==============================
+# ============================== 14. Session ==============================
 # One client from accept to its request, in a thread of its own.  SessionLog spells the records,
 # SessionLookup asks the resolver, Session admits, negotiates and holds what the requests share.
 
@@ -5762,6 +5947,7 @@ class Serving(NamedTuple):
     resolver: Channel
     warden: Channel
     keepalive: bool = True
+    counts: Counts | None = None  # None: no rule limits its sessions
 
 
 class SessionLookup:
@@ -5878,10 +6064,10 @@ class SessionLog:
         if "connect" in self.client_rule.log:
             self.write("pass", self.client_rule, "tcp/accept", "[", self.accept_side + self.tcp_info())
 
-    def blocked_at_accept(self, reason: str = "") -> None:
+    def blocked_at_accept(self, reason: str = "", wanted: frozenset[str] = frozenset()) -> None:
         """Record a block by the client-rule itself."""
         self.ended = True
-        wanted = LOGS_AN_ERROR if reason else LOGS_A_BLOCK
+        wanted = wanted or (LOGS_AN_ERROR if reason else LOGS_A_BLOCK)
         if not wanted.isdisjoint(self.client_rule.log):
             rest = f"{self.accept_side}: {reason}" if reason else self.accept_side
             self.write("block", self.client_rule, "tcp/accept", "]", rest + self.tcp_info())
@@ -5974,6 +6160,8 @@ class Session:
         self.stopping = False  # set by the worker when the server ends
         self.describe_io: Callable[[], str] | None = None
         self.opened: list[socket.socket] = []  # closed, whatever happens, at the end
+        self.admitted: Place | None = None  # held of the client-rule's session limits
+        self.places: list[Place] = []  # held of those of socks-rules
 
     # --- the phases ---
 
@@ -5988,6 +6176,7 @@ class Session:
         for opened in self.opened:
             opened.close()
         self.connection.close()
+        self.leave_places()
 
     def abort(self) -> None:
         """Make the session end soon.  Called by the worker's main thread."""
@@ -6016,6 +6205,11 @@ class Session:
         reason = self.find_admission_fault(decision) if decision.verdict == "pass" else decision.reason
         if decision.verdict == "block" or reason:
             self.record.blocked_at_accept(reason)
+            return False
+        try:
+            self.take_place(decision.rule)
+        except Refused as refusal:
+            self.record.blocked_at_accept(str(refusal), LOGS_A_BLOCK)
             return False
         self.record.accepted()
         self.set_own_options(decision.rule)
@@ -6154,6 +6348,46 @@ class Session:
                 return decision._replace(verdict="block", reason=fault)
         return decision
 
+    def decide_request(self, facts: Facts) -> Decision:
+        """Judge what the client has asked for, once, and count it where its rule limits the sessions."""
+        decision = self.decide(facts)
+        return self.count(decision) if decision.verdict == "pass" else decision
+
+    def count(self, decision: Decision) -> Decision:
+        """Count a session under the rule that passed it, or block it."""
+        try:
+            self.take_place(decision.rule)
+        except Refused as refusal:
+            return decision._replace(verdict="block", reason=str(refusal))
+        return decision
+
+    def take_place(self, rule: Rule) -> None:
+        """Take a place under a rule's session limits, if it has any; Refused.
+
+        As Dante: a socks-rule with limits takes the session over from the client-rule, and one without
+        them leaves it there, if it is inheritable.
+        """
+        counts = self.serving.counts
+        if counts is None:
+            return
+        place = counts.take(rule, self.client) if limits_sessions(rule.session) else None
+        if rule.kind == "client":
+            self.admitted = place
+            return
+        if self.admitted is not None and (place is not None or not self.client_rule.session.inheritable):
+            counts.leave(self.admitted)
+            self.admitted = None
+        if place is not None:
+            self.places.append(place)
+
+    def leave_places(self) -> None:
+        """Give back what the session holds of the limits."""
+        held, self.places = [*self.places, self.admitted], []
+        self.admitted = None
+        for place in held:
+            if place is not None and self.serving.counts is not None:
+                self.serving.counts.leave(place)
+
     def facts(self, command: str, target: Endpoint | None, addresses: tuple[Endpoint, ...] = ()) -> Facts:
         """Return the facts of this client's request."""
         assert self.request is not None
@@ -6209,7 +6443,7 @@ class Session:
             self.serving.log.write("warning", failure)
 
 
-# ============================== 14. Requests ==============================
+# ============================== 15. Requests ==============================
 # What a client can ask for: CONNECT, BIND and UDP ASSOCIATE, each a class with the steps that
 # RFC 1928 gives it: judge, open, answer, relay, record the end.
 
@@ -6330,7 +6564,7 @@ class ConnectRequest:
             # As Dante: these come before any socks-rule and are recorded by the client-rule.
             self.fail(session.client_rule, "", str(refusal), refusal.reply, self.target)
             return None
-        decision = session.decide(session.facts("connect", self.target, addresses))
+        decision = session.decide_request(session.facts("connect", self.target, addresses))
         session.authenticated_by(decision.method)
         if decision.verdict == "block":
             session.record.request_blocked(
@@ -6455,7 +6689,7 @@ class BindRequest:
             return
         session.opened.append(listener)
         bound = endpoint_of(listener.getsockname(), listener.family)
-        decision = session.decide(session.facts("bind", bound))
+        decision = session.decide_request(session.facts("bind", bound))
         session.authenticated_by(decision.method)
         if decision.verdict == "block":
             target = describe_endpoint(self.target)
@@ -6545,9 +6779,11 @@ class BindRequest:
             return
         session.opened.append(connection)
         listener.close()
+        if decision.verdict == "pass":
+            decision = session.count(decision)
         if decision.verdict == "block":
             session.reply(Reply.NOT_ALLOWED, peer)
-            self.log_stranger(decision.rule, peer, bound, "")
+            self.log_stranger(decision.rule, peer, bound, decision.reason if decision.rule.number else "")
             self.verdict = "block"
             self.reason = f"bind-reply from {peer} blocked by socks-rule #{decision.rule.number}"
             return
@@ -6643,7 +6879,7 @@ class UdpRequest:
 
     def run(self) -> None:
         session, target = self.session, self.request.target
-        decision = session.decide(session.facts("udpassociate", None))
+        decision = session.decide_request(session.facts("udpassociate", None))
         session.authenticated_by(decision.method)
         if decision.verdict == "block":
             session.record.request_blocked(
@@ -6821,7 +7057,7 @@ def serve_client(session: Session) -> None:
         session.close()
 
 
-# ============================== 15. Processes ==============================
+# ============================== 16. Processes ==============================
 # The bodies of the three kinds of children: worker (clients), resolver (names) and warden
 # (passwords, privileged ports).  Each obeys the mother through its control socket and ends when that closes,
 # so no child outlives the mother.
@@ -7352,7 +7588,7 @@ class Warden:
             raise Refused("not an external address, or compatibility: sameport is not set")
 
 
-# ============================== 16. Mother ==============================
+# ============================== 17. Mother ==============================
 # The process with the power: binds, opens logs, forks the others, acts on signals.  It has one
 # thread and never reads a byte of a client.
 
@@ -7494,6 +7730,7 @@ class Child(NamedTuple):
     control: socket.socket
     number: int  # workers: 1 to their count
     generation: int  # counts reloads: only children of the newest are replaced when they die
+    counts: Counts | None = None  # of its generation
 
 
 def ignore_signal(number: int, frame: object) -> None:
@@ -7560,6 +7797,7 @@ class Mother:
         self.listeners: dict[Endpoint, socket.socket] = {}  # by the address as configured
         self.children: dict[int, Child] = {}
         self.generation = 0
+        self.counts: Counts | None = None  # of the newest generation
         self.accounts: tuple[Account | None, Account | None] = (None, None)  # privileged, unprivileged
         self.pidfile = Pidfile(options.pidfile or default_files(options.program)[1])
         self.resolver_inbox = self.warden_inbox = (socket.socket(), socket.socket())
@@ -7676,6 +7914,7 @@ class Mother:
         return self.options.servers or len(os.sched_getaffinity(0))
 
     def spawn_children(self) -> None:
+        self.renew_counts()
         gc.collect()
         release_memory()
         gc.freeze()  # the collector then leaves the pages that all processes share alone
@@ -7683,6 +7922,16 @@ class Mother:
             self.spawn_child(kind, 0)
         for number in range(1, self.count_workers() + 1):
             self.spawn_child("worker", number)
+
+    def renew_counts(self) -> None:
+        """Make what the workers of a new generation share.
+
+        As Dante: the sessions of an older configuration do not count under a newer one.
+        Unlike Dante: a reload of an unchanged file, say after log rotation, is no new generation.
+        """
+        if self.counts is not None:
+            self.counts.lock.close()  # the old workers have theirs, and none of them is replaced
+        self.counts = make_counts(self.config, self.count_workers())
 
     def spawn_child(self, kind: str, number: int) -> None:
         """Fork a child of a kind, with the present configuration."""
@@ -7693,7 +7942,7 @@ class Mother:
         body = {"worker": self.be_worker, "resolver": self.be_resolver, "warden": self.be_warden}[kind]
         self.last_spawn = time.monotonic()
         pid, control = spawn(lambda control: self.be_child(body, control, number), inherited)
-        self.children[pid] = Child(kind, control, number, self.generation)
+        self.children[pid] = Child(kind, control, number, self.generation, self.counts)
 
     def be_child(self, body: Callable[[socket.socket, int], int], control: socket.socket, number: int) -> int:
         """Run the body of a child; what it cannot recover from is logged and ends it."""
@@ -7706,12 +7955,15 @@ class Mother:
 
     def serving(self) -> Serving:
         resolver, warden = Channel(self.resolver_inbox[1]), Channel(self.warden_inbox[1])
-        return Serving(self.config, Policy(self.config), self.log, resolver, warden, self.options.keepalive)
+        policy, keepalive = Policy(self.config), self.options.keepalive
+        return Serving(self.config, policy, self.log, resolver, warden, keepalive, self.counts)
 
     def be_worker(self, control: socket.socket, number: int) -> int:
         """The life of a worker, in its process."""
         self.resolver_inbox[0].close()
         self.warden_inbox[0].close()
+        if self.counts is not None:
+            self.counts.number = number - 1
         worker = Worker(self.serving(), tuple(self.listeners.values()), control)
         prefer_throughput()
         limit_arenas()
@@ -7849,13 +8101,19 @@ class Mother:
             child = self.children.pop(pid, None)
             if child is None:
                 continue
-            child.control.close()
+            self.bury(child, status)
             if child.generation != self.generation and status == 0:
                 continue
             self.log.write("warning", f"{child.kind} {pid} exited unexpectedly{describe_status(status)}")
             if child.generation == self.generation:
                 when = max(time.monotonic(), self.last_spawn + RESPAWN_SECONDS)
                 self.due.append((when, child.kind, child.number))
+
+    def bury(self, child: Child, status: int) -> None:
+        """Take back what a dead child held, before another one can follow it."""
+        child.control.close()
+        if status and child.kind == "worker" and child.counts is not None:
+            child.counts.forget(child.number - 1)
 
     def respawn(self) -> None:
         """Fork again the children whose time has come."""
@@ -7910,7 +8168,7 @@ class Mother:
         except (ProcessLookupError, ChildProcessError):
             return
         del self.children[pid]
-        child.control.close()
+        self.bury(child, status)
         if child.generation == self.generation:
             self.log.write("warning", f"{child.kind} {pid} exited unexpectedly{describe_status(status)}")
             when = max(time.monotonic(), self.last_spawn + RESPAWN_SECONDS)
@@ -7956,7 +8214,7 @@ class Mother:
     }
 
 
-# ============================== 17. Command line ==============================
+# ============================== 18. Command line ==============================
 # danted's options and exit statuses.  The only section that prints, and that ends the program.
 
 COPYRIGHT = f"sockd v{__version__}.  Copyright (c) 2026 the sockd authors"

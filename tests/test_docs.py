@@ -133,6 +133,7 @@ DIFFERENCES = {
     "daemonize": "Background",
     "find_accounts": "Not as root",
     "on_hup": "SIGHUP",
+    "renew_counts": "Counts and reloads",
     # test_grammar.FRIENDLY
     "addr-dotted-mask": "Masks",
     "addr-no-mask": "Masks",

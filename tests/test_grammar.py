@@ -127,8 +127,6 @@ FRIENDLY = {
 # Accepted by danted, and by the grammar here; the start is refused, as their effect is not built yet.
 NOT_BUILT = {
     "client-libwrap": {"libwrap"},
-    "client-session": {"session.inheritable", "session.max", "session.throttle"},
-    "client-state-ok": {"session.state.key", "session.state.max", "session.state.throttle"},
     "cpu-mask": {"cpu.mask.PROCESS"},
     "cpu-schedule": {"cpu.schedule.PROCESS"},
     "iflog-error": {"external.log.LEVEL.error"},
