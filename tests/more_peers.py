@@ -16,11 +16,11 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from client import TIMEOUT_SECONDS, Address
-from peers import Behaviour, Seen, receive
+from client import TIMEOUT_SECONDS, Address, Client
+from peers import Behaviour, Seen, TcpPeer, receive
 from servers import Process, Server, World, eventually
 
 # ------------------------------ configurations ------------------------------
@@ -191,6 +191,25 @@ def never_read(connection: socket.socket, seen: Seen) -> None:
     gone.register(connection, 0)
     gone.poll()
     seen.end = "gone"
+
+
+@contextlib.contextmanager
+def target_that(
+    behaviour: Callable[[socket.socket, Seen], None], host: str = "127.0.0.1"
+) -> Iterator[TcpPeer]:
+    """Run a peer with a behaviour that peers.py does not name."""
+    with contextlib.closing(TcpPeer(behaviour, host)) as target:
+        yield target
+
+
+def receive_much(client: Client, count: int) -> bytes:
+    """Receive exactly so many bytes, of which there are too many for Client.receive."""
+    pieces, left = [], count
+    while left:
+        pieces.append(client.sock.recv(min(left, 1 << 20)))
+        assert pieces[-1]
+        left -= len(pieces[-1])
+    return b"".join(pieces)
 
 
 def greet_and_reset(connection: socket.socket, seen: Seen) -> None:

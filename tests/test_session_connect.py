@@ -48,13 +48,15 @@ from more_peers import (
     pattern,
     read_memory_bytes,
     read_with_mark,
+    receive_much,
     rule,
     run_all,
     send_with_mark,
+    target_that,
     wait_for_line,
     world_that_asks,
 )
-from peers import Seen, TcpPeer, echo
+from peers import Seen, echo
 from servers import Server, Sockd, World, eventually
 
 pytestmark = pytest.mark.root
@@ -94,15 +96,6 @@ def server(running: Server) -> Iterator[Server]:
     """The shared server, which must give back after the test all that it took."""
     yield running
     running.check_resources()
-
-
-@contextlib.contextmanager
-def target_that(
-    behaviour: Callable[[socket.socket, Seen], None], host: str = "127.0.0.1"
-) -> Iterator[TcpPeer]:
-    """Run a peer with a behaviour that peers.py does not name."""
-    with contextlib.closing(TcpPeer(behaviour, host)) as target:
-        yield target
 
 
 # ------------------------------ forms of the request ------------------------------
@@ -820,16 +813,6 @@ def test_urgent_byte_of_the_target_keeps_its_mark(server: Server, before: bytes,
 # ------------------------------ much data ------------------------------
 
 
-def drain(client: Client, count: int) -> bytes:
-    """Receive so many bytes."""
-    pieces, left = [], count
-    while left:
-        pieces.append(client.sock.recv(min(left, 1 << 20)))
-        assert pieces[-1]
-        left -= len(pieces[-1])
-    return b"".join(pieces)
-
-
 @pytest.mark.parametrize("direction", ["down", "up"])
 def test_slow_reader_costs_neither_memory_nor_time(
     sockd: Any, private_world: World, peer: StartPeer, direction: str
@@ -857,7 +840,7 @@ def test_slow_reader_costs_neither_memory_nor_time(
         assert measure_idleness(server) < 0.05
         assert read_memory_bytes(server.processes()) - memory < 4 << 20
         taken.set()
-        received = drain(client, size) if direction == "down" else b""
+        received = receive_much(client, size) if direction == "down" else b""
         sender.join()
         client.finish_sending()
         if direction == "up":

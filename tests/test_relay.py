@@ -1,0 +1,299 @@
+"""Bulk: a direction that has filled a large read goes through a pipe, and nobody can tell but by the speed.
+
+What holds for every relay is in test_session_connect.py.  Here it holds in the middle of bulk, and
+on a machine whose kernel refuses splice(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client import CONNECT, Client
+from more_peers import (
+    EVERYTHING,
+    measure_idleness,
+    never_read,
+    pattern,
+    read_with_mark,
+    receive_much,
+    rule,
+    send_with_mark,
+    target_that,
+    wait_for_line,
+)
+from peers import Behaviour, Seen
+from servers import Server, World, eventually
+
+BULK_BYTES = 16 << 20  # much more than all buffers on the way
+LOGGED = "127.0.0.14"  # a target whose bytes a rule wants in the log
+
+
+def count_pipes(server: Server) -> int:
+    """Count the pipe ends that the server's processes have open."""
+    count = 0
+    for process in server.processes():
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(f"/proc/{process.pid}/fd"):
+                with contextlib.suppress(OSError):
+                    count += os.readlink(entry.path).startswith("pipe:")
+    return count
+
+
+@pytest.fixture
+def server(sockd: Any, private_world: World) -> Server:
+    logged = rule("socks pass", f"from: 0/0 to: {LOGGED}", "log: connect disconnect ioop")
+    return sockd(EVERYTHING.replace("socks pass", logged + "socks pass", 1), world=private_world)
+
+
+@contextlib.contextmanager
+def bulk_under_way(
+    server: Server, behaviour: Behaviour, host: str = "127.0.0.1"
+) -> Iterator[tuple[Any, Client]]:
+    """Give target and client of a session; at the end nothing of it is left in the server."""
+    quiet = count_pipes(server)
+    with target_that(behaviour, host) as target:
+        with Client(server.addresses[0]) as client:
+            assert client.open5(CONNECT, host, target.port).code == 0
+            yield target, client
+        eventually(lambda: count_pipes(server) == quiet)
+
+
+def send_in_background(connection: socket.socket, data: bytes) -> threading.Thread:
+    sender = threading.Thread(target=connection.sendall, args=(data,))
+    sender.start()
+    return sender
+
+
+def in_bulk(server: Server) -> Callable[[], bool]:
+    """Give what tells whether more pipes are open than now."""
+    quiet = count_pipes(server)
+    return lambda: count_pipes(server) > quiet
+
+
+# ------------------------------ every byte ------------------------------
+
+
+def test_bulk_trickle_and_bulk_again_keep_every_byte(server: Server) -> None:
+    chance = random.Random(4)
+    pieces = [BULK_BYTES, *(chance.choice((1, 100, 1460, 70_000)) for _ in range(200)), BULK_BYTES, 1]
+    data = chance.randbytes(sum(pieces))
+
+    def give(connection: socket.socket, seen: Seen) -> None:
+        start = 0
+        for length in pieces:
+            connection.sendall(data[start : start + length])
+            start += length
+            if length != BULK_BYTES:
+                connection.recv(1)  # the client has it: a trickle, and not by chance bulk
+
+    with bulk_under_way(server, give) as (_, client):
+        received = bytearray()
+        for length in pieces:
+            received += receive_much(client, length)
+            if length != BULK_BYTES:
+                client.send(b".")
+        address = client.address
+    assert hashlib.sha256(received).digest() == hashlib.sha256(data).digest()
+    line, dots = wait_for_line(server, address, "tcp/connect ]:"), sum(n != BULK_BYTES for n in pieces)
+    assert f" ]: {len(data)} -> " in line
+    assert f" -> {dots}, {dots} -> " in line
+    assert f" -> {len(data)}: " in line
+
+
+def test_bulk_both_ways_at_once_keeps_every_byte(server: Server) -> None:
+    up, down = random.Random(1).randbytes(BULK_BYTES), random.Random(2).randbytes(BULK_BYTES)
+
+    def behaviour(connection: socket.socket, seen: Seen) -> None:
+        sender = send_in_background(connection, down)
+        while data := connection.recv(1 << 20):
+            seen.data += data
+        sender.join()
+
+    with bulk_under_way(server, behaviour) as (target, client):
+        sender = send_in_background(client.sock, up)
+        assert receive_much(client, len(down)) == down
+        sender.join()
+        client.finish_sending()
+        client.expect_end()
+        assert target.seen[0].data == up
+
+
+def test_logged_session_is_never_spliced(server: Server) -> None:
+    def give(connection: socket.socket, seen: Seen) -> None:
+        connection.sendall(pattern(BULK_BYTES))
+
+    with bulk_under_way(server, give, LOGGED) as (_, client):
+        spliced = in_bulk(server)
+        eventually(lambda: measure_idleness(server, 0.1) == 0)
+        assert not spliced()
+        assert receive_much(client, BULK_BYTES) == pattern(BULK_BYTES)
+
+
+# ------------------------------ in the middle of bulk ------------------------------
+
+
+def test_slow_reader_of_bulk_holds_the_sender_and_costs_no_time(server: Server) -> None:
+    spliced = in_bulk(server)
+
+    def give(connection: socket.socket, seen: Seen) -> None:
+        connection.sendall(pattern(BULK_BYTES))
+
+    with bulk_under_way(server, give) as (_, client):
+        eventually(spliced)
+        eventually(lambda: measure_idleness(server, 0.1) == 0)
+        assert measure_idleness(server) < 0.05
+        assert receive_much(client, BULK_BYTES) == pattern(BULK_BYTES)
+
+
+def test_slow_writer_after_bulk_costs_no_time(server: Server) -> None:
+    resume = threading.Event()
+
+    def give(connection: socket.socket, seen: Seen) -> None:
+        connection.sendall(pattern(BULK_BYTES))
+        resume.wait()
+        connection.sendall(b"end")
+
+    with bulk_under_way(server, give) as (_, client):
+        assert receive_much(client, BULK_BYTES) == pattern(BULK_BYTES)
+        assert measure_idleness(server) < 0.05
+        resume.set()
+        assert client.receive(3) == b"end"
+
+
+def test_half_close_in_bulk_passes_what_the_other_side_still_sends(server: Server) -> None:
+    spliced = in_bulk(server)
+    finish = threading.Event()
+
+    def give(connection: socket.socket, seen: Seen) -> None:
+        connection.sendall(pattern(BULK_BYTES))
+        connection.shutdown(socket.SHUT_WR)
+        finish.set()
+        while data := connection.recv(1 << 16):
+            seen.data += data
+        seen.end = "fin"
+
+    with bulk_under_way(server, give) as (target, client):
+        eventually(spliced)
+        assert client.receive_all() == pattern(BULK_BYTES)
+        assert finish.is_set()
+        assert measure_idleness(server) < 0.05  # half-closed, and nobody says anything
+        client.send(b"last words")
+        client.finish_sending()
+        eventually(lambda: target.seen[0].end)
+        assert target.seen[0].data == b"last words"
+
+
+def test_urgent_byte_behind_bulk_keeps_its_mark(server: Server) -> None:
+    spliced = in_bulk(server)
+    before, behind = pattern(BULK_BYTES), b"behind"
+
+    def give(connection: socket.socket, seen: Seen) -> None:
+        send_with_mark(connection, before, b"!", behind)
+        connection.recv(1)
+
+    with bulk_under_way(server, give) as (_, client):
+        eventually(spliced)
+        assert read_with_mark(client.sock, len(before) + 1 + len(behind)) == (before, b"!", behind)
+
+
+@pytest.mark.parametrize("who", ["client", "target"])
+def test_reset_in_bulk_ends_the_session(server: Server, who: str) -> None:
+    spliced = in_bulk(server)
+    resume = threading.Event()
+
+    def give(connection: socket.socket, seen: Seen) -> None:
+        connection.settimeout(0.5)
+        with contextlib.suppress(OSError):  # the client does not read: it waits for room
+            connection.sendall(pattern(BULK_BYTES))
+        resume.wait()
+        if who == "target":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            connection.close()
+        else:
+            with contextlib.suppress(OSError):
+                connection.settimeout(10)
+                connection.sendall(pattern(BULK_BYTES))
+
+    with bulk_under_way(server, give) as (_, client):
+        eventually(spliced)
+        address = client.address
+        resume.set()
+        if who == "client":
+            client.reset()
+        else:
+            with pytest.raises(ConnectionResetError):
+                while client.sock.recv(1 << 20):
+                    pass
+        wait_for_line(server, address, "tcp/connect ]:", "error (Connection reset by peer)")
+
+
+def test_target_that_never_reads_bulk_does_not_outlive_its_client(server: Server) -> None:
+    with bulk_under_way(server, never_read) as (target, client):
+        client.sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client.sock.send(bytes(1 << 20))
+        client.reset()
+        eventually(lambda: target.seen[0].end)
+
+
+def test_live_bulk_ends_with_the_server(server: Server) -> None:
+    spliced = in_bulk(server)
+
+    def give(connection: socket.socket, seen: Seen) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection.sendall(bytes(1 << 16))
+
+    with target_that(give) as target, Client(server.addresses[0]) as client:
+        client.open5(CONNECT, "127.0.0.1", target.port)
+        eventually(spliced)
+        server.signal(signal.SIGTERM)
+        with contextlib.suppress(ConnectionResetError):
+            while client.sock.recv(1 << 20):
+                pass
+        wait_for_line(server, client.address, "tcp/connect ]:", "administrative termination")
+
+
+# ------------------------------ a kernel without ------------------------------
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("call", ["splice:error=EINVAL", "pipe2:error=EMFILE", "fcntl:error=EPERM"])
+def test_relay_copies_where_the_kernel_refuses(server: Server, call: str, tmp_path: Path) -> None:
+    """strace lets the worker's system calls fail."""
+    tracer = shutil.which("strace")
+    assert tracer is not None
+    worker = max(server.processes(), key=lambda process: process.pid)
+    condition = f"--inject={call}"
+    name = call.partition(":")[0]
+    trace = tmp_path / "trace"
+    strace = subprocess.Popen(
+        [tracer, "-f", "-o", str(trace), "-p", str(worker.pid), "-e", f"trace={name}", condition],
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert strace.stderr is not None
+        assert b"attached" in strace.stderr.readline()
+
+        def give(connection: socket.socket, seen: Seen) -> None:
+            connection.sendall(pattern(BULK_BYTES))
+
+        with bulk_under_way(server, give) as (_, client):
+            assert client.receive_all() == pattern(BULK_BYTES)
+        eventually(lambda: "INJECTED" in trace.read_text())
+    finally:
+        strace.send_signal(signal.SIGINT)
+        strace.communicate()
