@@ -137,8 +137,12 @@ WORDS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapAmb", "NoNewP
 
 def describe_threads(pid: int) -> list[str]:
     """Describe what the threads of a process may do and where they live: a line for each different one."""
-    lines = set()
-    for task in Path(f"/proc/{pid}/task").iterdir():
+    lines: set[str] = set()
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    except FileNotFoundError:  # it has just ended
+        return []
+    for task in tasks:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             status = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
             words = {word: " ".join(dict.fromkeys(status[word].split())) for word in WORDS}
