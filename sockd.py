@@ -73,6 +73,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 __version__ = "1.0.0"
 
 T = TypeVar("T")
+K = TypeVar("K")
 # ============================== 1. Terms ==============================
 # Every number and word of the protocols and of sockd.conf, the limits with their
 # origins, and the errors.  Words of the configuration language are plain strings,
@@ -5450,6 +5451,8 @@ TRICKLE_BYTES = 16384  # a splice of less than this ends the bulk: a copy costs 
 MOST_RECORDED_BYTES = 65536  # As Dante: one I/O record in the log is at most this
 DATAGRAM_BYTES = 65535
 MOST_VERDICTS = 256  # per association: datagram verdicts remembered
+LOGS_DATAGRAMS = frozenset({"ioop", "data"})
+UDP_HEADER_BYTES = {ATYP_IPV4: 10, ATYP_IPV6: 22}  # those of one length (RFC 1928 section 7)
 UDP_BATCH = 32  # datagrams read from one socket before the others have their turn
 UDP_ORPHAN_SECONDS = 5.0  # an association outlives its client's FIN as long as it sends this often
 
@@ -5827,6 +5830,13 @@ def fragment_target(datagram: bytes) -> Endpoint | None:
         return None
 
 
+def remember(table: dict[K, T], key: K, value: T) -> None:
+    """Add to a table of at most MOST_VERDICTS; one that is full starts anew."""
+    if len(table) >= MOST_VERDICTS:
+        table.clear()
+    table[key] = value
+
+
 class UdpPath:
     """An association's external socket of one family, and what passed through it."""
 
@@ -5871,6 +5881,10 @@ class UdpRelay:
         self.paths: dict[int, UdpPath] = {}  # family -> path
         self.path_of: dict[int, UdpPath] = {}  # descriptor -> path
         self.verdicts: dict[tuple[str, Endpoint], Decision] = {}
+        # What needs neither a verdict nor a record any more, by the bytes and addresses as they come:
+        self.outward: dict[bytes, tuple[UdpPath, tuple]] = {}  # type: ignore[type-arg]  # header -> path, target
+        self.inward: dict[tuple, bytes] = {}  # type: ignore[type-arg]  # sender -> header
+        self.client_address: tuple | None = None  # type: ignore[type-arg]  # of the known client
         self.waiter = Waiter()
         self.active = time.monotonic()
         self.orphaned_at = NO_DEADLINE
@@ -5909,10 +5923,46 @@ class UdpRelay:
             except OSError:
                 continue  # an ICMP error for an earlier datagram: as Dante, the association goes on
             if path is None:
-                self._from_client(data, endpoint_of(address, connection.family))
+                if address != self.client_address or not self._pass_out(data):
+                    self._from_client(data, endpoint_of(address, connection.family))
+            elif address in self.inward:
+                self._pass_in(path, data, self.inward[address])
             else:
                 self._from_target(path, data, endpoint_of(address, connection.family))
         return ""
+
+    def _pass_out(self, data: bytes) -> bool:
+        """Send a datagram on as an earlier one with just this header; False if it is to be judged."""
+        length = UDP_HEADER_BYTES.get(data[3] if len(data) > 3 else 0, 0)
+        path, target = self.outward.get(data[:length], (None, ()))
+        if path is None:
+            return False
+        self._note_client()
+        try:
+            path.sent_bytes += path.connection.sendto(data[length:], target)
+        except OSError:
+            return False  # judged and tried again, it comes into the log
+        path.sent_packets += 1
+        path.client_sent_bytes += len(data)
+        path.client_sent_packets += 1
+        return True
+
+    def _pass_in(self, path: UdpPath, data: bytes, header: bytes) -> None:
+        """Send the client a target's datagram."""
+        self.active = time.monotonic()
+        path.received_bytes += len(data)
+        path.received_packets += 1
+        try:
+            path.client_received_bytes += self.relay.sendto(header + data, socket_address(self.client))
+        except OSError:
+            return  # too large with its header, or the client's port is gone: this datagram only
+        path.client_received_packets += 1
+
+    def _note_client(self) -> None:
+        """Take note that the client is alive."""
+        self.active = time.monotonic()
+        if self.orphaned_at != NO_DEADLINE:
+            self.orphaned_at = self.active + UDP_ORPHAN_SECONDS
 
     def _from_control(self, mask: int) -> str:
         """Read the control connection; return a reason if it is gone."""
@@ -5942,9 +5992,7 @@ class UdpRelay:
         """Relay, drop or refuse a datagram that came in on the client's side."""
         if not self._accept_sender(sender):
             return
-        self.active = time.monotonic()
-        if self.orphaned_at != NO_DEADLINE:
-            self.orphaned_at = self.active + UDP_ORPHAN_SECONDS
+        self._note_client()
         target = None
         try:
             target, header = decode_udp(data)
@@ -5969,6 +6017,7 @@ class UdpRelay:
         if sender.host == self.client.host and self.client.port in (0, sender.port):
             self.client = sender
             self.client_known = True
+            self.client_address = socket_address(sender)
             return True
         packet = Packet("udpassociate", sender, self.local, None, UNSPECIFIED)
         self.events.log_dropped(
@@ -5976,19 +6025,14 @@ class UdpRelay:
         )
         return False
 
-    def _remember(self, key: tuple[str, Endpoint], decision: Decision) -> Decision:
-        if len(self.verdicts) >= MOST_VERDICTS:
-            self.verdicts.clear()
-        self.verdicts[key] = decision
-        return decision
-
     def _relay_out(self, target: Endpoint, data: bytes, header: int) -> None:
         """Send a client's datagram on; Refused, or OSError from the send."""
         if target.port == 0:
             raise Refused("unbound port in udp packet")
         decision = self.verdicts.get(("out", target))
         if decision is None:
-            decision = self._remember(("out", target), self.events.judge_datagram(self.client, target))
+            decision = self.events.judge_datagram(self.client, target)
+            remember(self.verdicts, ("out", target), decision)
         payload = data[header:]
         if decision.verdict == "block":
             seen = Packet("udpassociate", self.client, self.local, None, (*decision.addresses, target)[0])
@@ -6002,6 +6046,8 @@ class UdpRelay:
         path.sent_bytes += len(payload)
         path.sent_packets += 1
         self.events.log_datagram(decision, self._packet(address), payload)
+        if header == UDP_HEADER_BYTES.get(data[3]) and decision.rule.log.isdisjoint(LOGS_DATAGRAMS):
+            remember(self.outward, data[:header], (path, socket_address(address)))
 
     def _path_for(self, target: Endpoint) -> UdpPath:
         """Return the path for a target, opened when the first of its family is used."""
@@ -6021,19 +6067,17 @@ class UdpRelay:
         decision = self.verdicts.get(("in", sender))
         if decision is None:
             # Unlike Dante: each sender is judged, not only the first.
-            decision = self._remember(("in", sender), self.events.judge_reply(sender, self.client))
-        packet = Packet("udpreply", self.client, self.local, path.local, sender)
-        path.received_bytes += len(data)
-        path.received_packets += 1
+            decision = self.events.judge_reply(sender, self.client)
+            remember(self.verdicts, ("in", sender), decision)
         if decision.verdict == "pass":
-            self.active = time.monotonic()
-            reply = encode_udp_header(sender) + data
-            try:
-                self.relay.sendto(reply, socket_address(self.client))
-            except OSError:
-                return  # too large with its header, or the client's port is gone: this datagram only
-            path.client_received_bytes += len(reply)
-            path.client_received_packets += 1
+            header = encode_udp_header(sender)
+            self._pass_in(path, data, header)
+            if decision.rule.log.isdisjoint(LOGS_DATAGRAMS):
+                remember(self.inward, socket_address(sender), header)
+        else:
+            path.received_bytes += len(data)
+            path.received_packets += 1
+        packet = Packet("udpreply", self.client, self.local, path.local, sender)
         self.events.log_datagram(decision, packet, data)
 
 
@@ -7120,7 +7164,7 @@ class UdpRequest:
             if not LOGS_A_BLOCK.isdisjoint(rule.log) and (rule.number or not self.final_block_logged):
                 self.final_block_logged = self.final_block_logged or not rule.number
                 self.session.record.write("block", rule, event, "-", self.describe_packet(packet))
-        elif rule.log & {"ioop", "data"}:
+        elif not rule.log.isdisjoint(LOGS_DATAGRAMS):
             payload = f": {escape_bytes(data)}" if data and "data" in rule.log else ""
             rest = f"{self.describe_packet(packet)} ({len(data)}){payload}"
             self.session.record.write("pass", rule, event, "-", rest)
