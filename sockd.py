@@ -5,7 +5,7 @@
 The processes, and what each can do:
 
     mother            as started      binds, opens logs, forks, acts on signals; reads no client's byte
-      |- warden       user.privileged    checks passwords, binds privileged ports
+      |- warden       user.privileged    checks passwords, binds privileged ports, asks libwrap
       |- resolver     user.unprivileged  asks DNS, the group file, the interfaces
       '- worker (-N)  user.unprivileged, chroot   one thread for each client
 
@@ -646,8 +646,6 @@ UNSUPPORTED = {
     "gssapi.": NOT_YET,
     "internal.alarm.": NOT_YET,
     "internal.log.": NOT_YET,
-    "libwrap": NOT_YET,
-    "libwrap.": NOT_YET,
     "method: gssapi": NOT_YET,
     "monitor": NOT_YET,
     "proxyprotocol: http": NOT_YET,
@@ -1473,9 +1471,7 @@ def read_route_methods(parser: Parser, keyword: Token) -> tuple[str, ...]:
 LIBWRAP_OPTIONS = frozenset(
     [
         "aclexec",
-        "allow",
         "banners",
-        "deny",
         "group",
         "keepalive",
         "linger",
@@ -1500,6 +1496,11 @@ def read_libwrap(parser: Parser, keyword: Token) -> str:
     # A colon within an option is written "\:".
     for option in re.split(r"(?<!\\):", line):
         words = option.replace("=", " ").split()
+        if words and words[0].lower() in ("allow", "deny"):
+            raise Mistake(
+                f'"{words[0]}" is for hosts.allow and hosts.deny: the verdict is the rule\'s own',
+                Token(words[0], parser.scanner.text.find(words[0], start)),
+            )
         if words and words[0].lower() not in LIBWRAP_OPTIONS:
             offset = parser.scanner.text.find(words[0], start)
             raise Mistake(
@@ -3268,6 +3269,15 @@ def only_password_method(config: Config) -> str:
     return "" if method == "pam.username" and len(services) > 1 else method
 
 
+def libwrap_rules(config: Config) -> tuple[Rule, ...]:
+    """Return the rules with a line for libwrap."""
+    return tuple(rule for rule in (*config.client_rules, *config.socks_rules) if rule.libwrap is not None)
+
+
+def needs_libwrap(config: Config) -> bool:
+    return config.libwrap_hosts_access or bool(libwrap_rules(config))
+
+
 # ============================== 6. Wire ==============================
 # Bytes to messages and back: RFC 1928, RFC 1929, SOCKS 4 and 4A, and how bytes and names are
 # spelled in a log line.  A decoder returns the message and how many bytes it took, or None when
@@ -4084,6 +4094,87 @@ def crypt(password: bytes, setting: bytes) -> bytes:
     return answer
 
 
+LIBWRAP = "libwrap.so.0"
+RQ_FILE, RQ_DAEMON = 1, 2  # tcpd.h
+REQUEST_INFO_BYTES = 4096  # struct request_info (tcpd.h) has some 1,100, and libwrap alone looks inside
+TWISTABLE = -2  # `resident` of libwrap, which hosts_access adds 1 to: below 1 a twist may exec(3)
+
+
+def load_libwrap() -> ctypes.CDLL:
+    """Return the library of tcp_wrappers; OSError where it is missing."""
+    library = load_library(LIBWRAP)
+    library.request_init.argtypes = (
+        ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int,
+    )  # fmt: skip
+    library.request_init.restype = ctypes.c_void_p
+    library.sock_host.argtypes = library.hosts_access.argtypes = (ctypes.c_void_p,)
+    library.sock_host.restype = None
+    return library
+
+
+def hosts_access(daemon: bytes, connection: int, allow: bytes, deny: bytes) -> bool:
+    """Tell whether tcp_wrappers let a connection pass (hosts_access(3)); -1 for no connection.
+
+    The last two are files to use in the place of hosts.allow and hosts.deny; b"" keeps libwrap's own.
+    Only for processes with one thread: libwrap works in static memory.
+    """
+    library = load_libwrap()
+    files = {"hosts_allow_table": ctypes.c_char_p(allow), "hosts_deny_table": ctypes.c_char_p(deny)}
+    own = {}
+    for symbol, file in files.items():
+        table = ctypes.c_void_p.in_dll(library, symbol)
+        own[symbol] = table.value
+        table.value = ctypes.cast(file, ctypes.c_void_p).value if file.value else table.value
+    try:
+        request = ctypes.create_string_buffer(REQUEST_INFO_BYTES)
+        library.request_init(request, RQ_FILE, connection, RQ_DAEMON, daemon, 0)
+        library.sock_host(request)
+        return bool(library.hosts_access(request))
+    finally:
+        for symbol, value in own.items():
+            ctypes.c_void_p.in_dll(library, symbol).value = value
+
+
+def make_table(text: bytes) -> tuple[int, bytes]:
+    """Return a file in memory with this text: its descriptor, and the name to open it by."""
+    descriptor = os.memfd_create("libwrap")
+    os.write(descriptor, text)
+    return descriptor, f"/proc/self/fd/{descriptor}".encode("ascii")
+
+
+def obey_libwrap(daemon: bytes, connection: int, line: bytes) -> bool:
+    """Carry out a line of hosts_options(5) for a connection; False if it fails or denies.
+
+    As a hosts.allow of this one line: for an error libwrap jumps (longjmp) into hosts_access, so nothing
+    else can be called that would carry it out.  The hosts.deny catches whatever the line lets fall.
+    """
+    # As Dante: %h and %c are the client's name, where it has one; KNOWN makes libwrap look it up.
+    clients = b"KNOWN ALL" if b"%" in line else b"ALL"
+    options, options_file = make_table(b"ALL: %s: %s\n" % (clients, line))
+    rest, rest_file = make_table(b"ALL: ALL\n")
+    try:
+        os.stat(rest_file)  # libwrap takes a file that it cannot open for an empty one
+        return hosts_access(daemon, connection, options_file, rest_file)
+    finally:
+        os.close(options)
+        os.close(rest)
+
+
+def check_libwrap(line: bytes) -> bool:
+    """Tell whether libwrap finds no mistake in a line of hosts_options(5); nothing is carried out."""
+    dry_run = ctypes.c_int.in_dll(load_libwrap(), "dry_run")
+    dry_run.value = 1
+    try:
+        return obey_libwrap(b"sockd", -1, line)
+    finally:
+        dry_run.value = 0
+
+
+def allow_twist() -> None:
+    """Let a line's `twist` replace this process by a command."""
+    ctypes.c_int.in_dll(load_libwrap(), "resident").value = TWISTABLE
+
+
 TCP_STATES = (
     "",
     "ESTABLISHED",
@@ -4613,6 +4704,7 @@ class Favour(enum.IntEnum):
     GROUPS = 4  # (user) -> group names; no answer if there is no such user
     PASSWORD = 5  # (method, service, user, password, source, local) -> ("" or why not)
     BIND = 6  # (tcp or udp, address, port) -> a bound socket
+    WRAP = 7  # (hosts_access, client or socks, number of the rule; a connection) -> ("" or why not)
 
 
 class Account(NamedTuple):
@@ -4632,6 +4724,10 @@ def find_account(name: str) -> Account:
         raise ConfigError(f'there is no user "{name}" on this system') from None
     groups = group_numbers(name.encode(WIRE_TEXT), entry.pw_gid)
     return Account(name, entry.pw_uid, entry.pw_gid, groups)
+
+
+# A terminal's or service manager's signal to the whole group is for the mother to act on.
+INHERITED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def check_powerless() -> None:
@@ -4669,6 +4765,21 @@ def become_privileged(account: Account) -> None:
     os.setresgid(account.gid, account.gid, account.gid)
     os.setresuid(account.uid, account.uid, account.uid)
     set_capabilities(1 << CAP_DAC_READ_SEARCH | 1 << CAP_NET_BIND_SERVICE)
+
+
+def become_commander(account: Account | None) -> None:
+    """Take the identity of user.libwrap for good, and the signals that a command expects.
+
+    Unlike Dante, which changes the effective user only: its commands run as root.
+    """
+    for number in (*INHERITED_SIGNALS, signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    if account is not None and os.geteuid() == 0:
+        os.setgroups(list(account.groups))
+        os.setresgid(account.gid, account.gid, account.gid)
+        os.setresuid(account.uid, account.uid, account.uid)
+    elif os.geteuid() != 0:
+        set_capabilities(0)
 
 
 def drop_privileges(account: Account | None, root: str) -> None:
@@ -4724,8 +4835,7 @@ def spawn(body: Callable[[socket.socket], int], keep: Iterable[int] = ()) -> tup
         ours.close()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # A terminal's or service manager's signal to the whole group is for the mother to act on.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1):
+        for number in INHERITED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         for descriptor in keep:
             os.close(descriptor)
@@ -4814,7 +4924,10 @@ FAVOUR_FIELDS: dict[Favour, tuple[Callable[[bytes], None], ...]] = {
     Favour.GROUPS: (check_text,),
     Favour.PASSWORD: (check_text, check_text, check_text, check_text, check_host, check_host),
     Favour.BIND: (check_text, check_address, check_digits),
+    Favour.WRAP: (check_text, check_digits),
 }
+# How many descriptors come with a question, the socket for the answer among them, where it is not alone.
+FAVOUR_DESCRIPTORS = {Favour.WRAP: 2}
 
 
 class Channel:
@@ -4823,24 +4936,28 @@ class Channel:
     def __init__(self, inbox: socket.socket) -> None:
         self.inbox = inbox
 
-    def ask(self, favour: Favour, fields: Sequence[bytes], seconds: float) -> tuple[list[bytes], list[int]]:
+    def ask(
+        self, favour: Favour, fields: Sequence[bytes], seconds: float, *passed: int
+    ) -> tuple[list[bytes], list[int]]:
         """Return the answer to a question and the descriptors that came with it, which the caller owns.
 
-        DeadlinePassed when it takes longer than `seconds`; SockdError when the helper died over it, or no
-        descriptor is left to ask with.
+        `passed` are descriptors to show to the helper, which gets copies.  DeadlinePassed when it takes
+        longer than `seconds`; SockdError when the helper died over it, or no descriptor is left to ask with.
         """
         try:
             for check, field in zip(FAVOUR_FIELDS[favour], fields, strict=True):
                 check(field)  # here, so that no hostile name makes a helper take us for hijacked
-            return self._ask(favour, fields, seconds)
+            return self._ask(favour, fields, seconds, passed)
         except OSError as error:
             raise SockdError(f"cannot ask to {favour.name.lower()}: {error.strerror}") from None
 
-    def _ask(self, favour: Favour, fields: Sequence[bytes], seconds: float) -> tuple[list[bytes], list[int]]:
+    def _ask(
+        self, favour: Favour, fields: Sequence[bytes], seconds: float, passed: tuple[int, ...]
+    ) -> tuple[list[bytes], list[int]]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             with theirs:
-                self._send(encode_message(favour, fields), theirs.fileno(), seconds)
+                self._send(encode_message(favour, fields), (theirs.fileno(), *passed), seconds)
             ours.settimeout(seconds)
             try:
                 data, descriptors, _, _ = socket.recv_fds(ours, MAX_MESSAGE_BYTES, 1)
@@ -4852,9 +4969,10 @@ class Channel:
                 raise SockdError(f"the process asked to {favour.name.lower()} has died")
             return decode_message(data)[1], descriptors
 
-    def _send(self, message: bytes, answer: int, seconds: float) -> None:
+    def _send(self, message: bytes, descriptors: tuple[int, ...], seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", answer))]
+        packed = struct.pack(f"={len(descriptors)}i", *descriptors)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)]
         while True:
             try:
                 self.inbox.sendmsg([message], rights, socket.MSG_DONTWAIT)
@@ -4864,11 +4982,12 @@ class Channel:
 
 
 class Question(NamedTuple):
-    """A question as a helper reads it.  `answer` is closed by whoever answers."""
+    """A question as a helper reads it.  `answer` is closed by whoever answers, `passed` as well."""
 
     favour: Favour
     fields: list[bytes]
     answer: socket.socket
+    passed: tuple[int, ...] = ()  # descriptors that the asker shows us
 
     def reply(self, fields: Sequence[bytes], descriptors: Sequence[int] = ()) -> None:
         """Answer and close; an asker that has given up is no error."""
@@ -4913,7 +5032,7 @@ def read_ancillary(ancillary: Iterable[tuple[int, int, bytes]]) -> tuple[int, li
 
 def receive_question(inbox: socket.socket, granted: frozenset[Favour]) -> Question:
     """Read one question from an inbox that has SO_PASSCRED set; MalformedMessage if it is none."""
-    space = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_SPACE(4)
+    space = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_SPACE(4 * max(FAVOUR_DESCRIPTORS.values()))
     # MSG_DONTWAIT: between poll and here another helper may have taken the question.
     how = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
     data, ancillary, flags, _ = inbox.recvmsg(MAX_MESSAGE_BYTES, space, how)
@@ -4921,19 +5040,23 @@ def receive_question(inbox: socket.socket, granted: frozenset[Favour]) -> Questi
         raise InboxEnded("the inbox was shut down")
     pid, descriptors = read_ancillary(ancillary)
     try:
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors) != 1:
-            raise ProtocolError("message too long, or not with exactly one descriptor")
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or not descriptors:
+            raise ProtocolError("message too long, or with too many descriptors or none")
         kind, fields = decode_message(data)
         if kind not in granted or len(fields) != len(FAVOUR_FIELDS[Favour(kind)]):
             raise ProtocolError(f"message of unknown kind {kind} with {len(fields)} fields")
         for check, field in zip(FAVOUR_FIELDS[Favour(kind)], fields, strict=True):
             check(field)
+        if len(descriptors) != FAVOUR_DESCRIPTORS.get(Favour(kind), 1):
+            raise ProtocolError(f"message of kind {kind} with {len(descriptors)} descriptors")
         answer = socket.socket(fileno=descriptors[0])
-        descriptors.clear()
+        del descriptors[0]
         if answer.family != socket.AF_UNIX:
             answer.close()
             raise ProtocolError("the answer is to go to a socket of the network")
-        return Question(Favour(kind), fields, answer)
+        passed = tuple(descriptors)
+        descriptors.clear()
+        return Question(Favour(kind), fields, answer, passed)
     except (ProtocolError, OSError) as error:
         raise MalformedMessage(str(error), pid) from None
     finally:
@@ -6350,13 +6473,22 @@ class Session:
         return f"{self.client} {self.local}: {self.phase}{what} for {age}"
 
     def admit(self) -> bool:
-        """Ask the client-rules whether the client may talk to us at all."""
+        """Ask libwrap and the client-rules whether the client may talk to us at all."""
+        if self.config.libwrap_hosts_access:
+            reason = self.ask_libwrap("hosts_access", 0, self.connection)
+            if reason:
+                # Unlike Dante, which leaves no trace of it.
+                self.record.blocked_at_accept(reason)
+                return False
         facts = Facts("accept", "tcp", "", self.client, self.local)
         decision, identity = self.serving.policy.client_decision(facts, self.lookup)
         self.client_rule = self.record.client_rule = decision.rule
         self.identity = identity
         self.record.identify(identity)
         reason = self.find_admission_fault(decision) if decision.verdict == "pass" else decision.reason
+        if not reason:
+            decision = self.wrap(decision, self.connection)
+            reason = decision.reason
         if decision.verdict == "block" or reason:
             self.record.blocked_at_accept(reason)
             return False
@@ -6492,15 +6624,45 @@ class Session:
 
     # --- what the requests share ---
 
-    def decide(self, facts: Facts) -> Decision:
-        """Judge by the socks-rules and verify what the matching rule wants verified."""
+    def decide(self, facts: Facts, peer: socket.socket | None = None) -> Decision:
+        """Judge by the socks-rules and verify what the matching rule wants verified.
+
+        `peer` is the connection of who answers a BIND.
+        """
+        if peer is not None and self.config.libwrap_hosts_access:
+            reason = self.ask_libwrap("hosts_access", 0, peer)
+            if reason:
+                return Decision("block", FINAL_SOCKS_BLOCK, reason)
         decision = self.serving.policy.socks_decision(facts, self.lookup)
         if facts.command not in REPLY_COMMANDS:
             fault = self.verify(decision.method, decision.rule)
             if fault:
                 # As Dante: a wrong password ends the search; no later rule is tried.
                 return decision._replace(verdict="block", reason=fault)
-        return decision
+        return self.wrap(decision, peer or self.connection)
+
+    def wrap(self, decision: Decision, connection: socket.socket) -> Decision:
+        """Have the libwrap line of the rule carried out, if it has one; where that fails, block.
+
+        As Dante: also under a rule that blocks, and for each datagram and answer that is judged.
+        """
+        rule = decision.rule
+        if rule.libwrap is None:
+            return decision
+        fault = self.ask_libwrap(rule.kind, rule.number, connection)
+        return decision._replace(verdict="block", reason=fault) if fault else decision
+
+    def ask_libwrap(self, what: str, number: int, connection: socket.socket) -> str:
+        """Return "" if libwrap lets a connection pass, else why not.
+
+        `what` is hosts_access, or the kind of a rule whose libwrap line the warden is to look up.
+        """
+        fields = [what.encode("ascii"), str(number).encode("ascii")]
+        try:
+            answer, _ = self.serving.warden.ask(Favour.WRAP, fields, PASSWORD_SECONDS, connection.fileno())
+            return answer[0].decode()
+        except (SockdError, IndexError) as error:
+            return f"libwrap: {error}"
 
     def decide_request(self, facts: Facts) -> Decision:
         """Judge what the client has asked for, once, and count it where its rule limits the sessions."""
@@ -6916,7 +7078,7 @@ class BindRequest:
                 except (BlockingIOError, ConnectionAbortedError):
                     continue  # it has gone already
                 peer = endpoint_of(address, connection.family)
-                decision = self.judge_peer(rule, peer, bound)
+                decision = self.judge_peer(rule, connection, peer, bound)
                 if decision is not None:
                     break
                 connection.close()
@@ -6963,7 +7125,9 @@ class BindRequest:
             elif time.monotonic() >= deadline:
                 raise DeadlinePassed("i/o timeout")
 
-    def judge_peer(self, rule: Rule, peer: Endpoint, bound: Endpoint) -> Decision | None:
+    def judge_peer(
+        self, rule: Rule, connection: socket.socket, peer: Endpoint, bound: Endpoint
+    ) -> Decision | None:
         """Return the verdict on who has connected, or None for a stranger: the wait goes on.
 
         Unlike Dante: a stranger, for example a port scanner, does not end the BIND.
@@ -6977,7 +7141,7 @@ class BindRequest:
             )
             return None
         facts = session.facts("bindreply", session.client)._replace(source=peer)
-        decision = session.decide(facts)
+        decision = session.decide(facts, connection)
         hopeless = not any(
             "bindreply" in r.commands and r.verdict == "pass" for r in session.config.socks_rules
         )
@@ -7646,18 +7810,22 @@ class Resolver:
 
 
 class Warden:
-    """Checks passwords and binds ports, with the power for it.
+    """Checks passwords, binds ports and asks libwrap, with the power for it.
 
     Each check runs in a child: what a PAM module does there, sleeping, crashing or keeping
     the password, ends with the child.
     """
 
-    granted = frozenset({Favour.PASSWORD, Favour.BIND})
+    granted = frozenset({Favour.PASSWORD, Favour.BIND, Favour.WRAP})
 
-    def __init__(self, config: Config, log: Log) -> None:
+    def __init__(
+        self, config: Config, log: Log, commander: Account | None = None, daemon: str = "sockd"
+    ) -> None:
         self.config = config
         self.log = log
-        self.children: dict[int, str] = {}  # pid -> the client's address
+        self.commander = commander  # as whom libwrap runs; None: as we are
+        self.daemon = daemon  # the name that hosts.allow and hosts.deny have for us
+        self.children: dict[int, str] = {}  # pid -> the client's address; "" if it checks no password
         self.failures = Failures()
 
     def grant(self, question: Question) -> None:
@@ -7665,6 +7833,11 @@ class Warden:
             self.bind(question)
             return
         self.reap(len(self.children) >= VERIFIERS)
+        if question.favour == Favour.WRAP:
+            self.children[fork_verifier(lambda: self.wrap(question))] = ""
+            question.answer.close()
+            os.close(question.passed[0])
+            return
         host = question.fields[4].decode("latin-1")
         wait = self.find_wait(host)
         if wait > MOST_WAIT_SECONDS:
@@ -7701,7 +7874,8 @@ class Warden:
             if pid == 0:
                 return
             host = self.children.pop(pid)
-            if status and self.failures.note(host, time.monotonic()) and self.config.login_penalty:
+            failed = bool(status and host)
+            if failed and self.failures.note(host, time.monotonic()) and self.config.login_penalty:
                 source = Failures.find_source(host)
                 self.log.write("warning", f"{FREE_FAILURES} wrong log-ins from {source}: slowing it down")
             must_wait = False
@@ -7717,6 +7891,32 @@ class Warden:
             return verify_pam(service.decode("latin-1"), user, password, client.decode("latin-1"))
         except (ImportError, OSError, ValueError) as error:
             return f"PAM cannot be asked: {error}"
+
+    def wrap(self, question: Question) -> bool:
+        """Say whether libwrap lets a connection pass; in a child, as user.libwrap, and for good.
+
+        The line of a rule is looked up here: no worker can have a command of its own run.
+        """
+        try:
+            with socket.socket(fileno=question.passed[0]) as connection:
+                if connection.family not in AF_INET_FAMILY:
+                    raise OSError(errno.EINVAL, "not a connection of the network")
+                become_commander(self.commander)
+                allow_twist()
+                question.reply([self.find_libwrap_fault(question.fields, connection.fileno())])
+        except (OSError, KeyError) as error:
+            question.reply([f"libwrap cannot be asked: {error}".encode("utf-8", "replace")[:255]])
+        return True
+
+    def find_libwrap_fault(self, fields: list[bytes], connection: int) -> bytes:
+        """Return b"" if libwrap lets a connection pass, else why not; KeyError, OSError."""
+        config, daemon = self.config, self.daemon.encode(WIRE_TEXT, "replace")
+        if fields == [b"hosts_access", b"0"] and config.libwrap_hosts_access:
+            allow, deny = config.libwrap_allow.encode(WIRE_TEXT), config.libwrap_deny.encode(WIRE_TEXT)
+            return b"" if hosts_access(daemon, connection, allow, deny) else b"denied by hosts_access(3)"
+        lines = {f"{rule.kind} {rule.number}".encode(): rule.libwrap or "" for rule in libwrap_rules(config)}
+        line = lines[b" ".join(fields)].encode(WIRE_TEXT)
+        return b"" if obey_libwrap(daemon, connection, line) else b"failed libwrap line: " + line[:200]
 
     def bind(self, question: Question) -> None:
         """Answer with a socket on an external address and a privileged port (compatibility: sameport)."""
@@ -7811,6 +8011,26 @@ def find_missing_libraries(config: Config) -> tuple[Complaint, ...]:
     return ()
 
 
+def find_libwrap_faults(config: Config) -> tuple[Complaint, ...]:
+    """Complain of a libwrap that is missing, or of each line that it cannot carry out."""
+    if not needs_libwrap(config):
+        return ()
+    try:
+        load_libwrap()
+        bad = [
+            rule for rule in libwrap_rules(config) if not check_libwrap(str(rule.libwrap).encode(WIRE_TEXT))
+        ]
+    except OSError as error:
+        text = f"the libwrap keywords need the system's libwrap ({LIBWRAP}) and /proc: {error}"
+        return (Complaint("error", text),)
+    return tuple(
+        Complaint(
+            "error", f'libwrap cannot carry out "{rule.libwrap}"', rule.position, hint="see hosts_options(5)"
+        )
+        for rule in bad
+    )
+
+
 def log_everything(config: Config) -> Config:
     """Return a configuration whose rules all log.  As Dante: that is what a debug level above 0 does."""
     return config._replace(
@@ -7834,6 +8054,7 @@ def read_config(options: Options) -> tuple[Config | None, tuple[Complaint, ...]]
     if config.debug if options.debug is None else options.debug:
         config = log_everything(config)
     more = (*find_unsupported(config), *find_unusable_externals(config), *find_missing_libraries(config))
+    more += find_libwrap_faults(config)
     return (None if more else config), (*complaints, *more)
 
 
@@ -7941,6 +8162,10 @@ def daemonize() -> int:
     return ready
 
 
+# user.privileged, user.unprivileged and user.libwrap; None where we stay who we are, or need none.
+Accounts = tuple[Account | None, Account | None, Account | None]
+
+
 class Mother:
     """Owns listeners, children, pid file and signals; lives in the main thread of the first process."""
 
@@ -7952,7 +8177,7 @@ class Mother:
         self.children: dict[int, Child] = {}
         self.generation = 0
         self.counts: Counts | None = None  # of the newest generation
-        self.accounts: tuple[Account | None, Account | None] = (None, None)  # privileged, unprivileged
+        self.accounts: Accounts = (None, None, None)
         self.pidfile = Pidfile(options.pidfile or default_files(options.program)[1])
         self.resolver_inbox = self.warden_inbox = (socket.socket(), socket.socket())
         self.wakeup = (-1, -1)
@@ -7984,14 +8209,11 @@ class Mother:
     def open_logs(self) -> None:
         self.log.open(self.config.logoutput, self.config.errorlog)
 
-    def find_accounts(self, config: Config) -> tuple[Account | None, Account | None]:
-        """Return the accounts to run as: (privileged, unprivileged); None where we stay who we are.
-
-        ConfigError where an account or the jail cannot be had.
-        """
+    def find_accounts(self, config: Config) -> Accounts:
+        """Return the accounts to run as; ConfigError where one of them or the jail cannot be had."""
         check_jail(self.options.chroot or config.chroot)
         if os.geteuid() != 0:
-            return None, None
+            return None, None, None
         privileged = find_account(config.user_privileged) if config.user_privileged else None
         if config.user_unprivileged:
             unprivileged = find_account(config.user_unprivileged)
@@ -8005,7 +8227,20 @@ class Mother:
             self.log.write(
                 "warning", f'user.unprivileged is not set: serving clients as user "{FALLBACK_USER}"'
             )
-        return privileged, unprivileged
+        return privileged, unprivileged, self.find_commander(config, privileged, unprivileged)
+
+    def find_commander(
+        self, config: Config, privileged: Account | None, unprivileged: Account
+    ) -> Account | None:
+        """Return the account that libwrap runs as; ConfigError if user.privileged cannot become it."""
+        if not needs_libwrap(config):
+            return None
+        commander = find_account(config.user_libwrap) if config.user_libwrap else unprivileged
+        if privileged is not None and privileged.uid not in (0, commander.uid):
+            raise ConfigError(f'user.privileged must be root, to run libwrap as user "{commander.name}"')
+        if commander.uid == 0:
+            self.log.write("warning", "setting the libwrap uid to 0 is not recommended for security reasons")
+        return commander
 
     def bind_listeners(
         self, config: Config, present: dict[Endpoint, socket.socket]
@@ -8139,7 +8374,8 @@ class Mother:
             listener.close()
         if self.accounts[0] is not None:
             become_privileged(self.accounts[0])
-        return run_helper(self.serving(), self.warden_inbox[0], control, Warden(self.config, self.log))
+        warden = Warden(self.config, self.log, self.accounts[2], self.log.program)
+        return run_helper(self.serving(), self.warden_inbox[0], control, warden)
 
     def order(self, child: Child, order: Order) -> None:
         """Tell a child what to do; one that is gone will be reaped."""

@@ -230,8 +230,12 @@ FIELDS: dict[int, list[list[bytes]]] = {
     sockd.Favour.GROUPS: [TEXTS],
     sockd.Favour.PASSWORD: [METHODS, SERVICES, TEXTS, TEXTS, HOSTS, HOSTS],
     sockd.Favour.BIND: [[b"tcp", b"udp", b"sctp"], ADDRESSES, NUMBERS],
+    sockd.Favour.WRAP: [
+        [b"hosts_access", b"client", b"socks", b"spawn id"],
+        [b"", b"0", b"1", b"2", b"99999"],
+    ],
 }
-MESSAGE_KINDS = (0, 1, 2, 3, 4, 5, 6, 7, 255)
+MESSAGE_KINDS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 255)
 
 
 def make_field(chance: random.Random) -> bytes:
@@ -287,7 +291,8 @@ class Bombardment:
         pipe = os.pipe()
         good = theirs.fileno()
         wrong: list[list[int]] = [[], [good] * 2, [good] * 9, [pipe[0]], [pipe[1]]]
-        descriptors = [good] if chance.random() < 0.85 else chance.choice(wrong)
+        usual = [good] * sockd.FAVOUR_DESCRIPTORS.get(message[0] if message else 0, 1)  # type: ignore[call-overload]
+        descriptors = usual if chance.random() < 0.85 else chance.choice(wrong)
         try:
             socket.send_fds(self.inbox, [message], descriptors)
             theirs.close()

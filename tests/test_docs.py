@@ -132,6 +132,8 @@ DIFFERENCES = {
     "judge_peer": "BIND",
     "daemonize": "Background",
     "find_accounts": "Not as root",
+    "admit": "libwrap",
+    "become_commander": "libwrap",
     "on_hup": "SIGHUP",
     "renew_counts": "Counts and reloads",
     # test_grammar.FRIENDLY

@@ -126,7 +126,6 @@ FRIENDLY = {
 }
 # Accepted by danted, and by the grammar here; the start is refused, as their effect is not built yet.
 NOT_BUILT = {
-    "client-libwrap": {"libwrap"},
     "cpu-mask": {"cpu.mask.PROCESS"},
     "cpu-schedule": {"cpu.schedule.PROCESS"},
     "iflog-error": {"external.log.LEVEL.error"},
@@ -703,6 +702,8 @@ def test_parse_says_what_is_wrong(line: str, column: int, text: str, hint: str) 
         ("client", "user: bob", 'clientmethod "none" does not tell one', "rfc931"),
         ("client", "external.tcp.tcp_nodelay: 1", "no external side yet", "socks-rule"),
         ("client", "libwrap: frobnicate", '"frobnicate" is no option of hosts_options(5)', ""),
+        ("client", "libwrap: deny", '"deny" is for hosts.allow and hosts.deny', ""),
+        ("socks", "libwrap: nice: Allow", '"Allow" is for hosts.allow and hosts.deny', ""),
         ("client", "session.max: 0", "it must be from 1", ""),
         ("client", "session.state.max: 2", '"session.state.max" is set, but not what', "from"),
         ("client", "session.state.key: from", '"session.state.key" is set, but nothing', ""),

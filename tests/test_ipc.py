@@ -54,7 +54,10 @@ user.privileged: root
 user.unprivileged: nobody
 clientmethod: none
 socksmethod: none
-client pass { from: 0/0 to: 0/0 }
+libwrap.hosts_access: yes
+client pass { from: 0/0 to: 0/0
+    libwrap: spawn true
+}
 socks pass { from: 0/0 to: 0/0 }
 """
 
