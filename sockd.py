@@ -333,6 +333,7 @@ class Rule(NamedTuple):
     session: SessionLimits = SessionLimits()
     bandwidth: int | None = None
     redirect: Redirect | None = None
+    bounce: Endpoint | None = None  # client-rules: family 0 for a name
     libwrap: str | None = None
     hostindex: int = 0
     gssapi: Gssapi = Gssapi()
@@ -635,7 +636,6 @@ NEEDS_UPNP = "it needs a UPnP library"
 UNSUPPORTED = {
     "alarm.": NOT_YET,
     "bandwidth": NOT_YET,
-    "bounce to": NOT_YET,
     "child.": NOT_YET,
     "clientcompatibility": NOT_YET,
     "compatibility: draft-5.05": NOT_YET,
@@ -649,8 +649,6 @@ UNSUPPORTED = {
     "method: gssapi": NOT_YET,
     "monitor": NOT_YET,
     "proxyprotocol: http": NOT_YET,
-    "redirect from": NOT_YET,
-    "redirect to": NOT_YET,
     "route": NOT_YET,
     "route.": NOT_YET,
     "socksmethod: gssapi": NOT_YET,
@@ -1303,9 +1301,24 @@ def read_endpoint(parser: Parser, keyword: Token) -> Endpoint:
     return Endpoint(token.text, port, 0)
 
 
+def check_usable(parser: Parser, keyword: Token, endpoint: Endpoint) -> None:
+    if endpoint.host in ("0.0.0.0", "::"):
+        raise Mistake(f'"{keyword.text}" takes the address of one host, not {endpoint.host}', keyword)
+
+
+def read_bounce(parser: Parser, keyword: Token) -> Endpoint:
+    """Read the address of bounce to, which needs a port."""
+    endpoint = read_endpoint(parser, keyword)
+    check_usable(parser, keyword, endpoint)
+    if not endpoint.port:
+        raise Mistake(f'"{keyword.text}" needs a port', keyword, "e.g. bounce to: 10.0.0.1 port = 80")
+    return endpoint
+
+
 def read_target(parser: Parser, keyword: Token) -> RuleAddress:
     """Read the address of redirect to: one host, as a pattern."""
     endpoint = read_endpoint(parser, keyword)
+    check_usable(parser, keyword, endpoint)
     port = PortTest("eq", endpoint.port, endpoint.port) if endpoint.port else PortTest()
     if not endpoint.family:
         return RuleAddress("host", endpoint.host, port=port)
@@ -1330,6 +1343,30 @@ def read_gateway(parser: Parser, keyword: Token) -> tuple[str, Endpoint | None]:
     if word and parser.surroundings.interface_addresses(text) is not None:
         raise Mistake(f'"{shorten(text)}" is an interface: the gateway must be an address or a name', word)
     return text, read_endpoint(parser, keyword)
+
+
+FIRST_FREE_PORT = 1024  # those below need privileges
+
+
+def port_candidates(test: PortTest) -> Iterator[int]:
+    """Yield the unprivileged ports that pass a `port` clause.
+
+    >>> list(port_candidates(PortTest("range", 1000, 1026)))
+    [1024, 1025, 1026]
+    """
+    low, high = {
+        "any": (0, 65535),
+        "eq": (test.low, test.low),
+        "ne": (0, 65535),
+        "ge": (test.low, 65535),
+        "gt": (test.low + 1, 65535),
+        "le": (0, test.low),
+        "lt": (0, test.low - 1),
+        "range": (test.low, test.high),
+    }[test.operator]
+    for port in range(max(low, FIRST_FREE_PORT), high + 1):
+        if test.operator != "ne" or port != test.low:
+            yield port
 
 
 # ---- the server's own addresses
@@ -1968,7 +2005,8 @@ RULE_KEYWORDS = (
             read_pattern, ("redirect.source",)),
     Keyword("redirect to", IN_RULES, "address to connect to instead",
             read_target, ("redirect.target",)),
-    Keyword("bounce to", IN_CLIENT, "address to pass the client on to", read_endpoint),
+    Keyword("bounce to", IN_CLIENT, "address to pass the client on to",
+            read_bounce, ("bounce",)),
     Keyword("hostid", IN_RULES | IN_MONITOR, "host id to match", read_pattern),
     Keyword("hostindex", IN_RULES | IN_MONITOR, "which host id to match",
             number(0, 255), ("hostindex",)),
@@ -2598,6 +2636,30 @@ def finish_redirect(draft: Draft) -> Redirect | None:
     return Redirect(**ends) if ends else None
 
 
+def is_one_address(pattern: RuleAddress) -> bool:
+    return BITS.get(pattern.kind) == pattern.prefix
+
+
+def check_redirect(parser: Parser, draft: Draft, rule: Rule) -> None:
+    """Refuse what a redirection cannot do; warn of what has no effect."""
+    redirect = rule.redirect or Redirect()
+    for_replies = bool(rule.commands) and rule.commands <= REPLY_COMMANDS
+    if redirect.source:
+        token = draft.places["redirect from"]
+        if redirect.source.kind == "domain":
+            parser.error('"redirect from" cannot be a domain', token, "write an address or an interface")
+        if not for_replies and not any(port_candidates(redirect.source.port)):
+            # Only the process with privileges could take one of those, and nobody asks it to.
+            parser.error('"redirect from" cannot take ports below 1024', token)
+    if for_replies:
+        for word, pattern in zip(("from", "to"), redirect, strict=True):
+            if pattern and (not is_one_address(pattern) or pattern.port.operator not in ("any", "eq")):
+                text = f'"redirect {word}" of replies must be one address, with one port or none'
+                parser.error(text, draft.places[f"redirect {word}"])
+    if redirect.target and rule.commands and rule.commands <= {"bind", "bindreply"}:
+        parser.warn('"redirect to" has no effect on bind', draft.places["redirect to"])
+
+
 def finish_rule(parser: Parser, draft: Draft, number: int) -> Rule:
     """Build a rule, fill in what it leaves out and check it."""
     values = draft.plain()
@@ -2619,6 +2681,7 @@ def finish_rule(parser: Parser, draft: Draft, number: int) -> Rule:
     check_names(parser, draft, rule)
     check_reply_methods(parser, draft, rule)
     check_session(parser, draft)
+    check_redirect(parser, draft, rule)
     return rule
 
 
@@ -3250,6 +3313,62 @@ def external_endpoints(config: Config, family: int, lookup: Lookup) -> tuple[End
 def external_families(config: Config, lookup: Lookup) -> frozenset[int]:
     """Return the address families that connections can leave by."""
     return frozenset(family for family in (4, 6) if external_endpoints(config, family, lookup))
+
+
+# The commands that a client-rule's redirection is inherited by: it is about where the client goes.
+INHERITS_REDIRECT = frozenset({"connect", "udpassociate"})
+
+
+def find_redirect(rule: Rule, client_rule: Rule, command: str) -> Redirect:
+    """Return what a rule redirects of a command, empty where nothing.
+
+    Unlike Dante's module, as its manual describes it: only a rule that is for replies alone redirects
+    replies.  One for every command would send the answers anywhere but to the client.
+    """
+    redirect = rule.redirect
+    if redirect is None and command in INHERITS_REDIRECT:
+        redirect = client_rule.redirect
+    if redirect is None or (command in REPLY_COMMANDS) != (
+        bool(rule.commands) and rule.commands <= REPLY_COMMANDS
+    ):
+        return Redirect()
+    return redirect
+
+
+def redirected_endpoint(pattern: RuleAddress, port: int) -> Endpoint:
+    """Return the one address that a redirection names; family 0 for a name.
+
+    `port` is what stays where the configuration names none.
+    """
+    family = {"ipv4": 4, "ipv6": 6}.get(pattern.kind, 0)
+    port = pattern.port.low if pattern.port.operator == "eq" else port
+    return Endpoint(pattern.text.partition("/")[0], port, family)
+
+
+def redirect_reply(rule: Rule, sender: Endpoint, client: Endpoint) -> tuple[Endpoint, Endpoint]:
+    """Return what the client is told of a datagram's sender, and where the datagram goes."""
+    redirect = find_redirect(rule, rule, "udpreply")
+    told = redirected_endpoint(redirect.source, sender.port) if redirect.source else sender
+    return told, redirected_endpoint(redirect.target, client.port) if redirect.target else client
+
+
+def redirected_sources(
+    pattern: RuleAddress, config: Config, family: int, lookup: Lookup
+) -> tuple[Endpoint, ...]:
+    """Return the addresses of one family that `redirect from` lets sessions leave by.
+
+    A single address or an interface need not be `external`; a network stands for those that are.
+    """
+    if pattern.kind == "interface":
+        found = lookup.interface(pattern.text)
+    elif pattern.kind == "host":
+        found = lookup.addresses(pattern.text)
+    elif pattern.kind in BITS and pattern.prefix == BITS[pattern.kind]:
+        found = (redirected_endpoint(pattern, 0),)
+    else:
+        externals = external_endpoints(config, family, lookup)
+        return externals if pattern.kind == "any" else match_network(pattern, externals)
+    return tuple(e._replace(port=0) for e in found if e.family == family)
 
 
 PASSWORD_METHODS = frozenset({"username", "pam.username", "bsdauth"})
@@ -4472,6 +4591,41 @@ def open_external(
     try:
         outgoing.setblocking(False)
         bind_external(outgoing, external, client)
+        return outgoing
+    except BaseException:
+        outgoing.close()
+        raise
+
+
+PORT_ATTEMPTS = 512  # of a range that is larger, so many ports are tried
+
+
+def bind_within(outgoing: socket.socket, external: Endpoint, test: PortTest) -> None:
+    """Bind a socket to an address and a port that passes a `port` clause; OSError."""
+    ports = list(port_candidates(test))
+    start = int.from_bytes(os.urandom(4), "big") % len(ports)
+    tried = (ports[start:] + ports[:start])[:PORT_ATTEMPTS]
+    for reuse in (0, 1):
+        # A port that an ended connection still keeps comes second, for it may go to the same target.
+        outgoing.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        for port in tried:
+            try:
+                outgoing.bind(socket_address(external._replace(port=port)))
+                return
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+        if outgoing.type != socket.SOCK_STREAM:
+            break
+    raise OSError(errno.EADDRINUSE, "no free port in the range of redirect from")
+
+
+def open_redirected(external: Endpoint, kind: socket.SocketKind, test: PortTest) -> socket.socket:
+    """Return a non-blocking socket on an address and port that `redirect from` demands; OSError."""
+    outgoing = socket.socket(FAMILY_OF[external.family], kind)
+    try:
+        outgoing.setblocking(False)
+        bind_within(outgoing, external, test)
         return outgoing
     except BaseException:
         outgoing.close()
@@ -5936,7 +6090,13 @@ class UdpEvents(Protocol):
 
     def judge_reply(self, sender: Endpoint, client: Endpoint) -> Decision: ...
 
-    def open_external(self, target: Endpoint, client: Endpoint) -> socket.socket: ...
+    def source_for(self, decision: Decision) -> RuleAddress | None:
+        """Return the `redirect from` of a datagram."""
+        ...
+
+    def open_external(
+        self, source: RuleAddress | None, target: Endpoint, client: Endpoint
+    ) -> socket.socket: ...
 
     def log_datagram(self, decision: Decision, packet: Packet, data: bytes) -> None: ...
 
@@ -5978,7 +6138,7 @@ class UdpPath:
 
 
 class UdpRelay:
-    """A UDP association: one socket on the client's side, one for each family outside.
+    """A UDP association: one socket on the client's side, one for each family and `redirect from` outside.
 
     Ends with the control connection (RFC 1928 section 7) or after timeout.io.udp.  A datagram that
     cannot be relayed is dropped, logged, and nothing more.  Owned by its session's thread.
@@ -6001,12 +6161,12 @@ class UdpRelay:
         self.events = events
         self.idle_seconds = timeouts.io_udp or NO_DEADLINE
         self.connect_targets = connect_targets
-        self.paths: dict[int, UdpPath] = {}  # family -> path
+        self.paths: dict[tuple[int, RuleAddress | None], UdpPath] = {}  # family, redirect from -> path
         self.path_of: dict[int, UdpPath] = {}  # descriptor -> path
         self.verdicts: dict[tuple[str, Endpoint], Decision] = {}
         # What needs neither a verdict nor a record any more, by the bytes and addresses as they come:
         self.outward: dict[bytes, tuple[UdpPath, tuple]] = {}  # type: ignore[type-arg]  # header -> path, target
-        self.inward: dict[tuple, bytes] = {}  # type: ignore[type-arg]  # sender -> header
+        self.inward: dict[tuple, tuple[bytes, tuple]] = {}  # type: ignore[type-arg]  # sender -> header, receiver
         self.client_address: tuple | None = None  # type: ignore[type-arg]  # of the known client
         self.waiter = Waiter()
         self.active = time.monotonic()
@@ -6049,7 +6209,7 @@ class UdpRelay:
                 if address != self.client_address or not self._pass_out(data):
                     self._from_client(data, endpoint_of(address, connection.family))
             elif address in self.inward:
-                self._pass_in(path, data, self.inward[address])
+                self._pass_in(path, data, *self.inward[address])
             else:
                 self._from_target(path, data, endpoint_of(address, connection.family))
         return ""
@@ -6070,14 +6230,14 @@ class UdpRelay:
         path.client_sent_packets += 1
         return True
 
-    def _pass_in(self, path: UdpPath, data: bytes, header: bytes) -> None:
-        """Send the client a target's datagram."""
+    def _pass_in(self, path: UdpPath, data: bytes, header: bytes, receiver: tuple) -> None:  # type: ignore[type-arg]
+        """Send the client, or who a redirection names instead, a target's datagram."""
         self.active = time.monotonic()
         path.received_bytes += len(data)
         path.received_packets += 1
         try:
-            path.client_received_bytes += self.relay.sendto(header + data, socket_address(self.client))
-        except OSError:
+            path.client_received_bytes += self.relay.sendto(header + data, receiver)
+        except (OSError, TypeError):  # TypeError: a redirection into the other family
             return  # too large with its header, or the client's port is gone: this datagram only
         path.client_received_packets += 1
 
@@ -6107,8 +6267,9 @@ class UdpRelay:
         self.waiter.watch(self.control.fileno(), 0)
         return ""
 
-    def _packet(self, target: Endpoint | None) -> Packet:
-        path = self.paths.get(target.family) if target is not None else None
+    def _packet(self, target: Endpoint | None, path: UdpPath | None = None) -> Packet:
+        if path is None and target is not None:
+            path = next((p for key, p in self.paths.items() if key[0] == target.family), None)
         return Packet("udpassociate", self.client, self.local, path.local if path else None, target)
 
     def _from_client(self, data: bytes, sender: Endpoint) -> None:
@@ -6162,22 +6323,22 @@ class UdpRelay:
             self.events.log_datagram(decision, seen, payload)
             return
         address = decision.addresses[0]
-        path = self._path_for(address)
+        path = self._path_for(address, self.events.source_for(decision))
         path.client_sent_bytes += len(data)
         path.client_sent_packets += 1
         path.connection.sendto(payload, socket_address(address))
         path.sent_bytes += len(payload)
         path.sent_packets += 1
-        self.events.log_datagram(decision, self._packet(address), payload)
+        self.events.log_datagram(decision, self._packet(address, path), payload)
         if header == UDP_HEADER_BYTES.get(data[3]) and decision.rule.log.isdisjoint(LOGS_DATAGRAMS):
             remember(self.outward, data[:header], (path, socket_address(address)))
 
-    def _path_for(self, target: Endpoint) -> UdpPath:
-        """Return the path for a target, opened when the first of its family is used."""
-        path = self.paths.get(target.family)
+    def _path_for(self, target: Endpoint, source: RuleAddress | None) -> UdpPath:
+        """Return the path for a target, opened when the first of its kind is used."""
+        path = self.paths.get((target.family, source))
         if path is None:
-            path = UdpPath(self.events.open_external(target, self.client))
-            self.paths[target.family] = self.path_of[path.connection.fileno()] = path
+            path = UdpPath(self.events.open_external(source, target, self.client))
+            self.paths[target.family, source] = self.path_of[path.connection.fileno()] = path
             self.waiter.watch(path.connection.fileno(), select.POLLIN)
         if len(path.targets) < MOST_VERDICTS:
             path.targets.add(target)
@@ -6193,10 +6354,13 @@ class UdpRelay:
             decision = self.events.judge_reply(sender, self.client)
             remember(self.verdicts, ("in", sender), decision)
         if decision.verdict == "pass":
-            header = encode_udp_header(sender)
-            self._pass_in(path, data, header)
+            told, receiver = sender, self.client
+            if decision.rule.redirect is not None:
+                told, receiver = redirect_reply(decision.rule, sender, self.client)
+            known = encode_udp_header(told), socket_address(receiver)
+            self._pass_in(path, data, *known)
             if decision.rule.log.isdisjoint(LOGS_DATAGRAMS):
-                remember(self.inward, socket_address(sender), header)
+                remember(self.inward, socket_address(sender), known)
         else:
             path.received_bytes += len(data)
             path.received_packets += 1
@@ -6411,6 +6575,16 @@ def count_until_wrong(decode: Callable[[bytearray], object], data: bytearray) ->
         except ProtocolError:
             return length
     return len(data)
+
+
+def check_family(config: Config, target: Endpoint, lookup: Lookup) -> None:
+    """Refused unless there is an external address of the target's family."""
+    if target.family not in external_families(config, lookup):
+        raise Refused(
+            f"connect to IPv{target.family} address requested, but no IPv{target.family} address configured "
+            "for our usage on the external interface",
+            Reply.ADDRESS_TYPE_NOT_SUPPORTED,
+        )
 
 
 class Session:
@@ -6722,20 +6896,61 @@ class Session:
         deadline = deadline_after(self.config.timeouts.negotiate)
         self.stream.send(encode_reply_for(self.request.version, reply, bound), deadline)
 
-    def open_external(
-        self, rule: Rule, target: Endpoint, kind: socket.SocketKind, client: Endpoint | None = None
-    ) -> socket.socket:
-        """Return a socket that is bound and ready to talk to a target under a rule; Refused, OSError.
-
-        `client` is whose source port is kept, if not that of the control connection.
-        """
-        source = choose_external(self.config, target.family, self.local, target, self.lookup)
-        connection = open_external(source, client or self.client, kind, self.bind_privileged)
-        if kind == socket.SOCK_STREAM:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(self.serving.keepalive))
+    def open_external(self, rule: Rule, target: Endpoint) -> socket.socket:
+        """Return a stream socket that is bound and ready to connect under a rule; Refused, OSError."""
+        source = find_redirect(rule, self.client_rule, "connect").source
+        connection = self.open_from(source, target, socket.SOCK_STREAM, self.client)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(self.serving.keepalive))
         self.set_options(connection, rule, "external")
         return connection
+
+    def open_from(
+        self, pattern: RuleAddress | None, target: Endpoint, kind: socket.SocketKind, client: Endpoint
+    ) -> socket.socket:
+        """Return a socket bound to what a `redirect from`, or else the configuration, has for a target.
+
+        `client` is whose source port is kept where it can be.  Refused, OSError.
+        """
+        source = self.choose_source(pattern, target)
+        if pattern is not None and pattern.port.operator != "any":
+            return open_redirected(source, kind, pattern.port)
+        return open_external(source, client, kind, self.bind_privileged)
+
+    def choose_source(self, pattern: RuleAddress | None, target: Endpoint) -> Endpoint:
+        """Return the address to leave by for a target, as the configuration or `redirect from` has it.
+
+        Refused where there is none.
+        """
+        if pattern is None or pattern.kind == "any":
+            return choose_external(self.config, target.family, self.local, target, self.lookup)
+        found = redirected_sources(pattern, self.config, target.family, self.lookup)
+        if not found:
+            reason = f"no IPv{target.family} address for {target} (redirect from: {pattern.text})"
+            raise Refused(reason, Reply.NETWORK_UNREACHABLE)
+        return found[0]
+
+    def redirect(self, decision: Decision, command: str, port: int) -> Decision:
+        """Return a decision with the addresses to use; Refused where `redirect to` names none that can be.
+
+        The rules judge what the client asks for.  Where its rule redirects to is the administrator's own
+        word: no other rule is asked about that, and no client can change it.
+        """
+        pattern = find_redirect(decision.rule, self.client_rule, command).target
+        if pattern is None:
+            return decision
+        target = redirected_endpoint(pattern, port)
+        return decision._replace(addresses=self.find_addresses(target))
+
+    def find_addresses(self, target: Endpoint) -> tuple[Endpoint, ...]:
+        """Return the addresses of an endpoint that the configuration names; Refused where there are none."""
+        if target.family:
+            check_family(self.config, target, self.lookup)
+            return (target,)
+        found, fault = self.lookup.resolve(target.host)
+        if not found:
+            raise Refused(f'could not resolve hostname "{target.host}": {fault}', Reply.HOST_UNREACHABLE)
+        return tuple(address._replace(port=target.port) for address in found)
 
     def bind_privileged(self, source: Endpoint, kind: str) -> socket.socket | None:
         """Return a socket on a privileged port, or None where that is not configured or not to be had."""
@@ -6818,16 +7033,6 @@ class TcpRecords:
             self.write("]", f"{near}, {second.sent} -> {self.far} -> {second.received}{end}")
 
 
-def check_family(config: Config, target: Endpoint, lookup: Lookup) -> None:
-    """Refused unless there is an external address of the target's family."""
-    if target.family not in external_families(config, lookup):
-        raise Refused(
-            f"connect to IPv{target.family} address requested, but no IPv{target.family} address configured "
-            "for our usage on the external interface",
-            Reply.ADDRESS_TYPE_NOT_SUPPORTED,
-        )
-
-
 def run_relay(session: Session, records: TcpRecords, client: Side, target: Side) -> str:
     """Relay between a client and a target that is connected, with the records of it.
 
@@ -6850,7 +7055,7 @@ def run_relay(session: Session, records: TcpRecords, client: Side, target: Side)
     if session.stopping:
         reason = ENDED_BY_US
     records.closed(reason)
-    if records.event == "tcp/connect":
+    if records.event != "tcp/bindreply":
         session.record.closed(client.sent, target.sent, reason)
     return reason
 
@@ -6887,6 +7092,11 @@ class ConnectRequest:
                 decision.rule, self.event, describe_endpoint(self.target), decision.reason
             )
             session.reply(Reply.NOT_ALLOWED, self.target)
+            return None
+        try:
+            decision = session.redirect(decision, "connect", self.target.port)
+        except Refused as refusal:
+            self.fail(decision.rule, "", str(refusal), refusal.reply, self.target)
             return None
         connection = self.connect(decision)
         return self.join(decision.rule, connection) if connection is not None else None
@@ -6948,7 +7158,7 @@ class ConnectRequest:
 
     def open_for(self, rule: Rule) -> Callable[[Endpoint], socket.socket]:
         """Return what opens the sockets of the race."""
-        return lambda target: self.session.open_external(rule, target, socket.SOCK_STREAM)
+        return lambda target: self.session.open_external(rule, target)
 
     def end_unconnected(self, rule: Rule, source: Endpoint, target: Endpoint, reason: str) -> None:
         """Record a connect that failed after it was under way.  As Dante: like the end of a session."""
@@ -7012,6 +7222,14 @@ class BindRequest:
             session.record.request_blocked(decision.rule, self.event, target, decision.reason)
             session.reply(Reply.NOT_ALLOWED, self.target)
             return
+        try:
+            listener = self.rebind(decision.rule, listener)
+        except (Refused, OSError) as fault:
+            reply = fault.reply if isinstance(fault, Refused) else Reply.FAILURE
+            session.record.request_failed(decision.rule, self.event, "", f"could not bind: {fault}")
+            session.reply(reply, self.target)
+            return
+        bound = endpoint_of(listener.getsockname(), listener.family)
         session.set_options(listener, decision.rule, "external")
         listener.setblocking(False)
         listener.listen(1)
@@ -7054,6 +7272,24 @@ class BindRequest:
             return bound or bind_first(external, (wanted, 0) if wanted >= 1024 else (0,))
         except OSError as error:
             raise Refused(f"could not bind {external}: {error.strerror}", reply_for(error)) from None
+
+    def rebind(self, rule: Rule, listener: socket.socket) -> socket.socket:
+        """Return the socket to listen on: another one where the rule says `redirect from`; Refused, OSError.
+
+        The rules have judged the address that the configuration gives; the other is the rule's own word.
+        """
+        pattern = find_redirect(rule, self.session.client_rule, "bind").source
+        if pattern is None:
+            return listener
+        family = endpoint_of(listener.getsockname(), listener.family).family
+        source = self.session.choose_source(pattern, ELSEWHERE[family])
+        listener.close()
+        if pattern.port.operator == "any":
+            listener = self.bind(source)
+        else:
+            listener = open_redirected(source, socket.SOCK_STREAM, pattern.port)
+        self.session.opened.append(listener)
+        return listener
 
     def finish(self) -> None:
         """Record the end at accept level."""
@@ -7163,7 +7399,8 @@ class BindRequest:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(session.serving.keepalive))
-        session.reply(Reply.SUCCEEDED, peer)
+        told = find_redirect(rule, session.client_rule, "bindreply").source
+        session.reply(Reply.SUCCEEDED, redirected_endpoint(told, peer.port) if told else peer)
         client_side, peer_side = Side(session.connection, "local client"), Side(connection, "remote peer")
         near, local = session.record.side.split(" ")
         # As Dante: a bindreply is recorded from the peer's end.
@@ -7176,7 +7413,7 @@ class BindRequest:
 MOST_SHOWN_BYTES = 80  # of what a client says where it should be silent
 
 
-def port_candidates(port_range: tuple[int, int] | None) -> Iterable[int]:
+def relay_ports(port_range: tuple[int, int] | None) -> Iterable[int]:
     """Return the ports to try for a UDP relay: a whole turn through udp.portrange, from a random start."""
     if port_range is None:
         return (0,)
@@ -7225,7 +7462,7 @@ class UdpRequest:
         local = self.session.local
         relay = socket.socket(FAMILY_OF[local.family], socket.SOCK_DGRAM)
         relay.setblocking(False)
-        for port in port_candidates(self.rule.udp_portrange):
+        for port in relay_ports(self.rule.udp_portrange):
             try:
                 relay.bind(socket_address(local._replace(port=port)))
                 return relay
@@ -7311,13 +7548,23 @@ class UdpRequest:
                 f"packet for IPv{target.family} address target, but no IPv{target.family} address configured "
                 "for our usage on the external interface "
             )
-        return session.decide(session.facts("udpassociate", target, addresses)._replace(source=client))
+        decision = session.decide(session.facts("udpassociate", target, addresses)._replace(source=client))
+        return (
+            session.redirect(decision, "udpassociate", target.port)
+            if decision.verdict == "pass"
+            else decision
+        )
 
     def judge_reply(self, sender: Endpoint, client: Endpoint) -> Decision:
         return self.session.decide(self.session.facts("udpreply", client)._replace(source=sender))
 
-    def open_external(self, target: Endpoint, client: Endpoint) -> socket.socket:
-        return self.session.open_external(self.rule, target, socket.SOCK_DGRAM, client)
+    def source_for(self, decision: Decision) -> RuleAddress | None:
+        return find_redirect(decision.rule, self.session.client_rule, "udpassociate").source
+
+    def open_external(self, source: RuleAddress | None, target: Endpoint, client: Endpoint) -> socket.socket:
+        connection = self.session.open_from(source, target, socket.SOCK_DGRAM, client)
+        self.session.set_options(connection, self.rule, "external")
+        return connection
 
     def log_datagram(self, decision: Decision, packet: Packet, data: bytes) -> None:
         rule = decision.rule
@@ -7355,6 +7602,35 @@ class UdpRequest:
         self.session.serving.log.write("notice", text)
 
 
+class Bounce:
+    """`bounce to` of a client-rule: the client is passed on to one address, without a word of SOCKS."""
+
+    def __init__(self, session: Session, target: Endpoint) -> None:
+        self.session = session
+        self.target = target
+
+    def run(self) -> None:
+        session, rule = self.session, self.session.client_rule
+        deadline = deadline_after(rule.timeouts.connect)
+        try:
+            addresses = session.find_addresses(self.target)
+            connection = Race(addresses, self.open, session.connection.fileno(), deadline).run()
+        except (Refused, ConnectFailed, ConnectTimeout, PeerGone) as fault:
+            session.record.blocked_at_accept(f"could not bounce to {self.target}: {fault}")
+            return
+        session.opened.append(connection)
+        session.record.connections.append(connection)
+        source = endpoint_of(connection.getsockname(), connection.family)
+        target = endpoint_of(connection.getpeername(), connection.family)
+        pair = (Side(session.connection, "local client"), Side(connection, "remote peer"))
+        far = f"{source} {target}"
+        records = TcpRecords(session, rule, "tcp/bounce-to", session.record.side, far, pair)
+        run_relay(session, records, *pair)
+
+    def open(self, target: Endpoint) -> socket.socket:
+        return self.session.open_external(self.session.client_rule, target)
+
+
 REQUESTS: dict[str, type[ConnectRequest | BindRequest | UdpRequest]] = {
     "connect": ConnectRequest,
     "bind": BindRequest,
@@ -7365,7 +7641,11 @@ REQUESTS: dict[str, type[ConnectRequest | BindRequest | UdpRequest]] = {
 def serve_client(session: Session) -> None:
     """Serve one client from accept to close: the life of a session."""
     try:
-        if session.admit() and session.negotiate():
+        if not session.admit():
+            return
+        if session.client_rule.bounce is not None:
+            Bounce(session, session.client_rule.bounce).run()
+        elif session.negotiate():
             assert session.request is not None
             session.phase = "request"
             REQUESTS[session.request.command](session, session.request).run()

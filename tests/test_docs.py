@@ -135,6 +135,7 @@ DIFFERENCES = {
     "admit": "libwrap",
     "become_commander": "libwrap",
     "on_hup": "SIGHUP",
+    "find_redirect": "Redirected replies",
     "renew_counts": "Counts and reloads",
     # test_grammar.FRIENDLY
     "addr-dotted-mask": "Masks",
