@@ -33,9 +33,10 @@ Contents.  Code names only what stands above it; up to 6 nothing touches the wor
     13. Relay            bytes and datagrams between two sides
     14. Session          one client, from accept to its request
     15. Requests         CONNECT, BIND and UDP ASSOCIATE
-    16. Processes        worker, resolver, warden
-    17. Mother           listeners, children, signals, reload
-    18. Command line     options and exit status
+    16. HTTP             clients that speak HTTP on the same port
+    17. Processes        worker, resolver, warden
+    18. Mother           listeners, children, signals, reload
+    19. Command line     options and exit status
 
 Words: a *client* asks us for a *target*; *internal* is our side towards clients, *external* that
 towards targets; a *rule* gives a *verdict*, pass or block; an *endpoint* is an address with a port.
@@ -45,6 +46,7 @@ Comments that begin with "As Dante:" mark a quirk that is copied, "Unlike Dante:
 from __future__ import annotations
 
 import _thread
+import binascii
 import ctypes
 import enum
 import errno
@@ -80,6 +82,7 @@ K = TypeVar("K")
 # spelled as in the file, so that a rule, a log line and a test read alike.
 
 SOCKS4, SOCKS5 = 4, 5
+HTTP1 = 1  # in the place of a SOCKS version
 SOCKS4_REPLY_VERSION = 0  # "VN is the version of the reply code and should be 0" (SOCKS 4)
 PASSWORD_VERSION = 1  # RFC 1929 section 2
 
@@ -103,6 +106,7 @@ NAMING_METHODS = frozenset(
 )
 
 PROXY_PROTOCOLS = ("socks_v4", "socks_v5", "http", "upnp")
+PROXY_PROTOCOL_OF_VERSION = {SOCKS4: "socks_v4", SOCKS5: "socks_v5", HTTP1: "http"}
 LOG_EVENTS = ("connect", "disconnect", "data", "error", "ioop", "tcpinfo")
 
 ATYP_IPV4, ATYP_NAME, ATYP_IPV6 = 1, 3, 4  # RFC 1928 section 5
@@ -145,6 +149,14 @@ class ProtocolError(SockdError):
     def __init__(self, text: str, reply: Reply | None = None) -> None:
         super().__init__(text)
         self.reply = reply
+
+
+class HttpError(ProtocolError):
+    """An HTTP message cannot be used; `status` is what the client is answered (RFC 9110 section 15)."""
+
+    def __init__(self, text: str, status: int = 400) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class Refused(SockdError):
@@ -449,7 +461,7 @@ class Identity(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A decoded SOCKS request; `version` is 4 or 5, or 1 for HTTP CONNECT."""
+    """What a client asks for; `version` is SOCKS5, SOCKS4 or HTTP1."""
 
     version: int
     command: str
@@ -648,7 +660,6 @@ UNSUPPORTED = {
     "internal.log.": NOT_YET,
     "method: gssapi": NOT_YET,
     "monitor": NOT_YET,
-    "proxyprotocol: http": NOT_YET,
     "route": NOT_YET,
     "route.": NOT_YET,
     "socksmethod: gssapi": NOT_YET,
@@ -2667,6 +2678,9 @@ def finish_rule(parser: Parser, draft: Draft, number: int) -> Rule:
     if draft.context == "socks":
         commands, values["protocols"] = fill_commands(values)
         check_commands(parser, draft)
+        if draft.verdict == "block":
+            # What is forbidden is forbidden in every language; only a pass has to name http.
+            values.setdefault("proxyprotocols", frozenset({"socks_v4", "socks_v5", "http"}))
     values |= {
         "commands": commands,
         "clientmethods": fill_client_methods(parser, draft),
@@ -3149,6 +3163,10 @@ def choose_rule_method(methods: tuple[str, ...], identity: Identity, lookup: Loo
     return None
 
 
+def needs_user(rule: Rule) -> bool:
+    return bool(rule.users or rule.groups)
+
+
 def match_user(rule: Rule, user: str, lookup: Lookup) -> bool:
     """Tell whether a user passes the `user` and `group` conditions of a rule."""
     if rule.users and user not in rule.users:
@@ -3161,7 +3179,7 @@ def match_identity(rule: Rule, facts: Facts, checks_replies: bool, lookup: Looku
     identity = facts.identity
     if facts.command in REPLY_COMMANDS:
         # As Dante: whoever answers cannot authenticate, so replies skip this unless checkreplyauth asks.
-        allowed = not checks_replies or ("none" in rule.socksmethods and not rule.users and not rule.groups)
+        allowed = not checks_replies or ("none" in rule.socksmethods and not needs_user(rule))
         return "none" if allowed else None
     if identity.clientmethod not in rule.clientmethods:
         return None
@@ -3232,6 +3250,9 @@ class Policy:
         self.config = config
         self.client_sieves = tuple(self._sieve(rule) for rule in config.client_rules)
         self.socks_sieves = tuple(self._sieve(rule) for rule in config.socks_rules)
+        self.speaks_http = any(
+            rule.verdict == "pass" and "http" in rule.proxyprotocols for rule in config.socks_rules
+        )
         self.fake = config.resolveprotocol == "fake"
         self.checks_replies = "checkreplyauth" in config.srchost
 
@@ -3264,20 +3285,39 @@ class Policy:
         if self.fake:
             judged, lookup = facts._replace(addresses=()), NO_LOOKUP
         for rule in sieve_rules(self.socks_sieves, facts.source, facts.target):
-            if (
-                facts.command not in rule.commands
-                or facts.protocol not in rule.protocols
-                or facts.proxyprotocol not in rule.proxyprotocols
-                or match_address(rule.source, facts.source, (), lookup) is None
-            ):
-                continue
-            addresses = match_target(rule, judged, lookup)
+            addresses = self._match_request(rule, judged, lookup)
             if addresses is None:
                 continue
             method = match_identity(rule, facts, self.checks_replies, lookup)
             if method is not None:
                 return Decision(rule.verdict, rule, "", facts.addresses if self.fake else addresses, method)
         return Decision("block", FINAL_SOCKS_BLOCK, NO_RULE_MATCHED)
+
+    def _match_request(self, rule: Rule, facts: Facts, lookup: Lookup) -> tuple[Endpoint, ...] | None:
+        """match_target for a rule that fits in all but who the client is."""
+        if (
+            facts.command not in rule.commands
+            or facts.protocol not in rule.protocols
+            or facts.proxyprotocol not in rule.proxyprotocols
+            or match_address(rule.source, facts.source, (), lookup) is None
+        ):
+            return None
+        return match_target(rule, facts, lookup)
+
+    def wants_password(self, facts: Facts, lookup: Lookup) -> bool:
+        """Tell whether a client that is refused, and has given no password, might pass with one."""
+        judged = facts
+        if self.fake:
+            judged, lookup = facts._replace(addresses=()), NO_LOOKUP
+        for rule in sieve_rules(self.socks_sieves, facts.source, facts.target):
+            by_password = any(2 in METHOD_BYTES.get(method, ()) for method in rule.socksmethods)
+            if not by_password or self._match_request(rule, judged, lookup) is None:
+                continue
+            if rule.verdict == "pass":
+                return True
+            if not needs_user(rule):
+                return False
+        return False
 
 
 def choose_method(methods: tuple[str, ...], offered: Iterable[int]) -> int:
@@ -3807,6 +3847,450 @@ def decode_udp(datagram: Octets) -> tuple[Endpoint, int]:
 def encode_udp_header(source: Endpoint) -> bytes:
     """Encode the header of a datagram that came from `source`, or to a next hop goes there."""
     return b"\0\0\0" + encode_address(source)
+
+
+# ---- HTTP between a client and a target (RFC 9110, RFC 9112)
+# A message is taken apart and put together anew, never passed on as it came.  So target and client read what
+# was understood here, and two readers of one message cannot disagree about where it ends (request smuggling).
+# What RFC 9112 leaves to a recipient's leniency is refused.
+
+HTTP_HEAD_BYTES = 65536  # as Squid; the largest that browsers meet, with cookies, are half of it
+HTTP_CHUNK_LINE_BYTES = 1024  # a chunk's size and its extensions, or a line of the trailer
+HTTP_DEFAULT_PORT = 80
+CHUNKED, UNTIL_END = -1, -2  # in the place of a body's length
+HTTP_FIRST_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # of a method
+HTTP_NAME = "sockd"  # in Via and in error pages: the kind of this proxy, not which one it is
+
+TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
+TEXT = r"[^\x00-\x08\x0a-\x1f\x7f]*"  # no control character but the tab: no CR, LF or NUL above all
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f]+) HTTP/([0-9])\.([0-9])")
+STATUS_LINE = re.compile(rf"HTTP/1\.([0-9]) ([1-5][0-9]{{2}})(?: ({TEXT}))?")
+FIELD_LINE = re.compile(rf"({TOKEN}):({TEXT})")
+CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT})?")
+LENGTH_VALUE = re.compile("[0-9]{1,18}")
+BARE_LF = re.compile(rb"(?<!\r)\n")
+HTTP_URI = re.compile(r"http://([^/?#]+)(/[^#]*|\?[^#]*)?", re.IGNORECASE)
+OTHER_URI = re.compile("(?!http:)[A-Z][A-Z0-9+.-]*://", re.IGNORECASE)
+# No userinfo (RFC 9110 section 4.2.4 calls it a trap), no zone, nothing percent-encoded.
+AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::([1-9][0-9]{0,4}))?")
+BASIC_LOGIN = re.compile("(?i:basic) +([A-Za-z0-9+/]+={0,2})")
+
+# What is between two neighbours only (RFC 9110 section 7.6.1), and what is made anew: Host and the length.
+# HTTP2-Settings goes with Upgrade, and a trailer is never passed on (RFC 9110 section 6.5.1).
+HOP_BY_HOP = frozenset({
+    "connection", "content-length", "http2-settings", "keep-alive", "proxy-authenticate",
+    "proxy-authentication-info", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "transfer-encoding", "upgrade",
+})  # fmt: skip
+
+HTTP_REASONS = {
+    400: "Bad Request",
+    403: "Forbidden",
+    407: "Proxy Authentication Required",
+    408: "Request Timeout",
+    417: "Expectation Failed",
+    431: "Request Header Fields Too Large",
+    501: "Not Implemented",
+    502: "Bad Gateway",
+    504: "Gateway Timeout",
+    505: "HTTP Version Not Supported",
+}
+# What a person is told, who knows nothing of this proxy.  No word of it comes from the request.
+HTTP_PAGES = {
+    400: "The proxy could not understand the request.",
+    403: "The rules of this proxy do not allow the request.",
+    407: "This proxy asks for a user name and a password.",
+    408: "The request did not arrive in time.",
+    417: "The proxy cannot do what the request expects.",
+    431: "The head of the request is too large.",
+    501: "This proxy cannot do what was asked for.",
+    502: "The proxy could not reach the server, or could not understand its answer.",
+    504: "The server did not answer in time.",
+    505: "This proxy speaks HTTP/1.1.",
+}
+HTTP_STATUS_OF_REPLY = {
+    Reply.NOT_ALLOWED: 403,
+    Reply.TTL_EXPIRED: 504,
+    Reply.COMMAND_NOT_SUPPORTED: 501,
+}  # all others: 502
+
+HttpFields = tuple[tuple[str, str], ...]
+
+
+class HttpRequest(NamedTuple):
+    """A request as it was understood; the fields are those to be passed on."""
+
+    method: str
+    target: Endpoint
+    path: str  # with the query; "" for CONNECT
+    minor: int  # of the client's version: 0 for HTTP/1.0
+    fields: HttpFields
+    length: int | None  # of the body, in bytes or CHUNKED; None: nothing was said, so there is none
+    persists: bool  # the client means to send another request
+    login: tuple[str, bytes] | None
+
+
+class HttpResponse(NamedTuple):
+    """A response as it was understood; the fields are those to be passed on."""
+
+    status: int
+    reason: str
+    minor: int
+    fields: HttpFields
+    length: int  # of the body, in bytes, CHUNKED or UNTIL_END
+    announced: int | None  # the Content-Length to be passed on; that of a HEAD has no body
+
+
+def find_head_end(data: bytearray, start: int) -> int:
+    """Return the length of the head of a message with its empty line, or 0 while more is needed.
+
+    `start` bytes have been looked at before.
+    """
+    end = data.find(b"\r\n\r\n", max(0, start - 3)) + 4
+    length = end if end > 3 else len(data)
+    if BARE_LF.search(data, max(0, start - 1), length):
+        raise HttpError("http: a line does not end with CR LF")
+    if length > HTTP_HEAD_BYTES:
+        raise HttpError(f"http: head of more than {HTTP_HEAD_BYTES} bytes", 431)
+    return end if end > 3 else 0
+
+
+def split_head(head: bytes) -> tuple[str, HttpFields]:
+    """Split a head into its first line and its fields."""
+    first, *lines = str(head, WIRE_TEXT).removesuffix("\r\n\r\n").split("\r\n")
+    fields = []
+    for number, line in enumerate(lines, 2):
+        found = FIELD_LINE.fullmatch(line)
+        if found is None:
+            # The line itself is not logged: it may hold a password.
+            raise HttpError(f"http: line {number} of the head is no field")
+        fields.append((found[1], found[2].strip(" \t")))
+    return first, tuple(fields)
+
+
+def find_values(fields: HttpFields, name: str) -> list[str]:
+    """Return the value of each field of a name, which is given in lower case."""
+    return [value for field, value in fields if field.lower() == name]
+
+
+def find_options(fields: HttpFields) -> frozenset[str]:
+    """Return the options of all Connection fields, in lower case."""
+    values = ",".join(find_values(fields, "connection"))
+    return frozenset(option.strip(" \t").lower() for option in values.split(","))
+
+
+def strip_fields(fields: HttpFields, *more: str) -> HttpFields:
+    """Return the fields that go beyond the next neighbour."""
+    dropped = HOP_BY_HOP.union(find_options(fields), more)
+    return tuple(field for field in fields if field[0].lower() not in dropped)
+
+
+def find_length(fields: HttpFields, minor: int) -> int | None:
+    """Return the length of a body, in bytes or CHUNKED; None where no field says it.
+
+    Whatever could be read in two ways is wrong (RFC 9112 section 6.3).
+    """
+    codings, lengths = find_values(fields, "transfer-encoding"), find_values(fields, "content-length")
+    if codings and (lengths or minor == 0):
+        raise HttpError("http: Transfer-Encoding beside Content-Length or in HTTP/1.0")
+    if codings:
+        if [coding.lower() for coding in codings] != ["chunked"]:
+            raise HttpError("http: a transfer coding other than chunked", 501)
+        return CHUNKED
+    if not lengths:
+        return None
+    if len(lengths) > 1 or not LENGTH_VALUE.fullmatch(lengths[0]):
+        raise HttpError("http: wrong Content-Length")
+    return int(lengths[0])
+
+
+def decode_authority(text: str, default_port: int) -> Endpoint:
+    """Decode HOST:PORT; a default of 0 means that the port must be there.
+
+    >>> decode_authority("[::ffff:192.0.2.1]:80", 0), decode_authority("www.example", 80).port
+    (Endpoint(host='192.0.2.1', port=80, family=4), 80)
+    """
+    found = AUTHORITY.fullmatch(text)
+    port = int((found and found[3]) or default_port)
+    if found is None or not 0 < port < 65536:
+        raise HttpError("http: no host and port that can be connected to")
+    six, name = found[1], found[2]
+    literal = find_literal(six or name)
+    if literal is None and six is None:
+        return Endpoint(name, port, 0)
+    if literal is None or literal.family != (6 if six else 4):
+        raise HttpError("http: wrong IPv6 address")
+    if literal.host.startswith("::ffff:") and "." in literal.host:
+        # An IPv4-mapped address is the IPv4 address, as in decode_ipv6.
+        return Endpoint(literal.host.removeprefix("::ffff:"), port, 4)
+    return literal._replace(port=port)
+
+
+def encode_authority(target: Endpoint) -> str:
+    """Spell a target as Host wants it."""
+    host = f"[{target.host}]" if target.family == 6 else target.host
+    return host if target.port == HTTP_DEFAULT_PORT else f"{host}:{target.port}"
+
+
+def decode_uri(method: str, uri: str) -> tuple[Endpoint, str]:
+    """Decode what a request asks for to the target and the path for it."""
+    if method == "CONNECT":
+        return decode_authority(uri, 0), ""
+    found = HTTP_URI.fullmatch(uri)
+    if found is None:
+        raise HttpError("http: no URI of the form http://host/", 501 if OTHER_URI.match(uri) else 400)
+    path = found[2] or ("*" if method == "OPTIONS" else "/")  # RFC 9112 section 3.2.4
+    return decode_authority(found[1], HTTP_DEFAULT_PORT), path if path[0] != "?" else "/" + path
+
+
+def decode_login(fields: HttpFields) -> tuple[str, bytes] | None:
+    """Decode the user and password of the Basic scheme (RFC 7617); None where there are none."""
+    values = find_values(fields, "proxy-authorization")
+    if len(values) > 1:
+        raise HttpError("http: two fields Proxy-Authorization")
+    found = BASIC_LOGIN.fullmatch(values[0]) if values else None
+    if found is None:
+        return None
+    try:
+        user, colon, password = binascii.a2b_base64(found[1]).partition(b":")
+    except binascii.Error:
+        return None
+    if not colon:
+        return None
+    # The bounds are those of RFC 1929, so that a next hop that speaks SOCKS can be told the same.
+    if b"\0" in user + password or max(len(user), len(password)) > 255:
+        raise HttpError("http: NUL or more than 255 bytes in user or password")
+    return user.decode(WIRE_TEXT), password
+
+
+def count_forwards(method: str, fields: HttpFields) -> HttpFields:
+    """Return the fields of OPTIONS and TRACE with one forward less (RFC 9110 section 7.6.2)."""
+    limits = find_values(fields, "max-forwards") if method in ("OPTIONS", "TRACE") else []
+    if not limits:
+        return fields
+    if len(limits) > 1 or not LENGTH_VALUE.fullmatch(limits[0]):
+        raise HttpError("http: wrong Max-Forwards")
+    if int(limits[0]) == 0:
+        raise HttpError("http: a request that asks the proxy itself", 501)
+    others = tuple(field for field in fields if field[0].lower() != "max-forwards")
+    return (*others, ("Max-Forwards", str(int(limits[0]) - 1)))
+
+
+def check_expectation(fields: HttpFields) -> None:
+    for value in find_values(fields, "expect"):
+        if value.lower() != "100-continue":
+            raise HttpError("http: an expectation other than 100-continue", 417)
+
+
+def decode_http_request(head: bytes) -> HttpRequest:
+    r"""Decode the head of a client's request.
+
+    >>> decode_http_request(b"GET http://a.example/b HTTP/1.1\r\nHost: a.example\r\n\r\n").path
+    '/b'
+    """
+    line, fields = split_head(head)
+    found = REQUEST_LINE.fullmatch(line)
+    if found is None:
+        raise HttpError("http: wrong request line")
+    method, uri, major, minor = found[1], found[2], int(found[3]), int(found[4])
+    if major != 1:
+        raise HttpError(f"http: version {major}.{minor}", 505)
+    target, path = decode_uri(method, uri)
+    hosts, length = len(find_values(fields, "host")), find_length(fields, minor)
+    if hosts > 1 or (hosts == 0 and minor > 0 and method != "CONNECT"):
+        raise HttpError(f"http: {hosts} fields Host")
+    if method == "CONNECT" and length:
+        raise HttpError("http: CONNECT with a body")
+    check_expectation(fields)
+    # HTTP/1.0 knows neither: what such a client says of them comes from a proxy that does not understand it.
+    dropped = ("host",) if minor else ("host", "expect")
+    return HttpRequest(
+        method,
+        target,
+        path,
+        minor,
+        # Whatever Host says, the URI is what was judged (RFC 9112 section 3.2.2).
+        (*strip_fields(count_forwards(method, fields), *dropped), ("Via", f"1.{minor} {HTTP_NAME}")),
+        length,
+        # RFC 9112 section 9.3: a proxy does not keep connections of HTTP/1.0.
+        minor > 0 and "close" not in find_options(fields),
+        decode_login(fields),
+    )
+
+
+def encode_fields(fields: Iterable[tuple[str, str]]) -> list[str]:
+    return [f"{name}: {value}" for name, value in fields]
+
+
+def encode_length(length: int | None) -> list[str]:
+    """Spell the length of a body."""
+    if length == CHUNKED:
+        return ["Transfer-Encoding: chunked"]
+    return [] if length is None or length == UNTIL_END else [f"Content-Length: {length}"]
+
+
+def encode_http_request(request: HttpRequest) -> bytes:
+    """Encode the head of a request for its target."""
+    first = f"{request.method} {request.path} HTTP/1.1"
+    lines = [first, f"Host: {encode_authority(request.target)}", *encode_fields(request.fields)]
+    # One request for each connection: an answer can never be taken for that to another one.
+    lines += [*encode_length(request.length), "Connection: close", "", ""]
+    return "\r\n".join(lines).encode(WIRE_TEXT)
+
+
+def decode_http_response(head: bytes, method: str) -> HttpResponse:
+    """Decode the head of a target's response to a method."""
+    line, fields = split_head(head)
+    found = STATUS_LINE.fullmatch(line)
+    if found is None:
+        raise HttpError("http: wrong status line")
+    minor, status = int(found[1]), int(found[2])
+    # Nobody asked for a change of protocols.  And only a proxy may ask for the proxy's password: from a
+    # target it would be an attempt to get that.
+    if status in (101, 407):
+        raise HttpError(f"http: status {status} of a target")
+    announced = find_length(fields, minor)
+    length = UNTIL_END if announced is None else announced
+    if status < 200 or status == 204:
+        length, announced = 0, None
+    elif status == 304 or method == "HEAD":
+        length = 0
+    passed = (*strip_fields(fields), ("Via", f"1.{minor} {HTTP_NAME}"))
+    return HttpResponse(status, found[3] or "", minor, passed, length, announced)
+
+
+def encode_http_response(response: HttpResponse, minor: int, persists: bool) -> bytes:
+    """Encode the head of a response for a client of HTTP/1.MINOR."""
+    lines = [f"HTTP/1.1 {response.status} {response.reason}", *encode_fields(response.fields)]
+    if minor or response.announced != CHUNKED:
+        lines += encode_length(response.announced)
+    lines += [] if persists or response.status < 200 else ["Connection: close"]
+    return "\r\n".join([*lines, "", ""]).encode(WIRE_TEXT)
+
+
+def encode_http_error(status: int, method: str, persists: bool) -> bytes:
+    """Encode a response of the proxy's own to a method, with a short page."""
+    text = f"{HTTP_NAME}: {status} {HTTP_REASONS[status]}\n\n{HTTP_PAGES[status]}\n"
+    fields = [("Content-Type", "text/plain; charset=us-ascii"), ("Cache-Control", "no-store")]
+    if status == 407:
+        fields.append(("Proxy-Authenticate", f'Basic realm="{HTTP_NAME}"'))
+    head = HttpResponse(status, HTTP_REASONS[status], 1, tuple(fields), len(text), len(text))
+    return encode_http_response(head, 1, persists) + (b"" if method == "HEAD" else text.encode())
+
+
+class HttpBody(Protocol):
+    """Finds out where a body ends, however it comes in pieces."""
+
+    finished: bool
+
+    def take(self, data: bytearray) -> bytes:
+        """Return the content at the start of the data, and remove from it what was understood."""
+        ...
+
+
+class LengthBody:
+    """A body whose length is known.  Owned by its exchange."""
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+        self.finished = length == 0
+
+    def take(self, data: bytearray) -> bytes:
+        """Return the content at the start of the data; the rest stays."""
+        content = bytes(data[: self.left])
+        del data[: len(content)]
+        self.left -= len(content)
+        self.finished = self.left == 0
+        return content
+
+
+class EndlessBody:
+    """A body that ends with its connection.  Owned by its exchange, which sets `finished` then."""
+
+    def __init__(self) -> None:
+        self.finished = False
+
+    def take(self, data: bytearray) -> bytes:
+        """Return all data."""
+        content = bytes(data)
+        data.clear()
+        return content
+
+
+class ChunkedBody:
+    """A body in chunks (RFC 9112 section 7.1), without extensions and trailer.  Owned by its exchange."""
+
+    def __init__(self) -> None:
+        self.left = 0  # bytes of the chunk that is being read
+        self.awaits = "size"  # what comes behind that: "end" of the chunk, "size" of the next, or "trailer"
+        self.spare = HTTP_HEAD_BYTES  # that extensions and trailer may still take
+        self.finished = False
+
+    def take(self, data: bytearray) -> bytes:
+        """Return the content at the start of the data; HttpError at the first byte that cannot be right."""
+        pieces = []
+        while not self.finished:
+            if self.left:
+                piece = bytes(data[: self.left])
+                del data[: len(piece)]
+                self.left -= len(piece)
+                pieces.append(piece)
+            if self.left or not self._take_line(data):
+                break
+        return b"".join(pieces)
+
+    def _take_line(self, data: bytearray) -> bool:
+        """Take what stands between two chunks; False while it is not all there."""
+        end = data.find(b"\r\n", 0, HTTP_CHUNK_LINE_BYTES)
+        if end < 0:
+            # A chunk is as long as it says: what follows can only be the end of its line.
+            wrong = self.awaits == "end" and data and data != b"\r"
+            if wrong or b"\n" in data or len(data) >= HTTP_CHUNK_LINE_BYTES:
+                raise HttpError("http: wrong chunk")
+            return False
+        line = str(data[:end], WIRE_TEXT)
+        del data[: end + 2]
+        if self.awaits == "size":
+            self._take_size(line)
+        elif self.awaits == "end":
+            if line:
+                raise HttpError("http: wrong chunk")
+            self.awaits = "size"
+        else:
+            self._take_trailer(line)
+        return True
+
+    def _take_size(self, line: str) -> None:
+        found = CHUNK_LINE.fullmatch(line)
+        if found is None:
+            raise HttpError("http: wrong size of a chunk")
+        self._spend(len(line) - len(found[1]))
+        self.left = int(found[1], 16)
+        self.awaits = "end" if self.left else "trailer"
+
+    def _take_trailer(self, line: str) -> None:
+        if line and not FIELD_LINE.fullmatch(line):
+            raise HttpError("http: wrong trailer")
+        self._spend(len(line))
+        self.finished = not line
+
+    def _spend(self, count: int) -> None:
+        self.spare -= count
+        if self.spare < 0:
+            raise HttpError("http: too many extensions of chunks, or too long a trailer")
+
+
+def make_body(length: int) -> HttpBody:
+    """Return the reader of a body of a length in bytes, CHUNKED or UNTIL_END."""
+    if length == CHUNKED:
+        return ChunkedBody()
+    return EndlessBody() if length == UNTIL_END else LengthBody(length)
+
+
+def encode_chunk(content: bytes, last: bool) -> bytes:
+    """Encode content as a chunk; `last`: and the end of the body."""
+    chunk = b"%x\r\n%b\r\n" % (len(content), content) if content else b""
+    return chunk + b"0\r\n\r\n" if last else chunk
 
 
 # ============================== 7. Logging ==============================
@@ -6607,6 +7091,8 @@ class Session:
         self.verified: dict[tuple[str, str], str] = {}  # (method, service) -> "" or why not
         self.used = 0  # bytes of the handshake that were understood
         self.request: Request | None = None
+        self.answer: Callable[[Reply, Endpoint], None] | None = None  # HTTP's, in the place of SOCKS
+        self.deadline = NO_DEADLINE  # for the handshake
         self.phase = "negotiating"
         self.stopping = False  # set by the worker when the server ends
         self.describe_io: Callable[[], str] | None = None
@@ -6698,9 +7184,9 @@ class Session:
     def negotiate(self) -> bool:
         """Read the handshake as far as the request; False if the client failed at it."""
         seconds = self.client_rule.timeouts.negotiate
-        deadline = deadline_after(seconds)
+        self.deadline = deadline_after(seconds)
         try:
-            self.request = self.read_handshake(deadline)
+            self.request = self.read_handshake(self.deadline)
             return True
         except DeadlinePassed:
             # Its own form in Dante: no count of bytes.
@@ -6733,8 +7219,12 @@ class Session:
         """Return the client's request after whatever has to come before it."""
         if not self.stream.pending:
             self.stream.read_more(deadline)
-        if self.stream.pending[0] == SOCKS4:
+        first = self.stream.pending[0]
+        if first == SOCKS4:
             return self.read_request4(deadline)
+        if first != SOCKS5 and self.serving.policy.speaks_http and first in HTTP_FIRST_BYTES:
+            # Unlike Dante: its rules can name http, but no client is ever served by it.
+            return Request(HTTP1, "connect", UNSPECIFIED)
         offered = self.read(decode_greeting, deadline)
         method = choose_method(self.client_rule.socksmethods, offered)
         self.stream.send(encode_method(method), deadline)
@@ -6872,18 +7362,24 @@ class Session:
 
     def leave_places(self) -> None:
         """Give back what the session holds of the limits."""
-        held, self.places = [*self.places, self.admitted], []
-        self.admitted = None
+        if self.admitted is not None:
+            self.places.append(self.admitted)
+            self.admitted = None
+        self.leave_requests()
+
+    def leave_requests(self) -> None:
+        """Give back what requests that are over hold of the limits of their socks-rules."""
+        held, self.places = self.places, []
         for place in held:
-            if place is not None and self.serving.counts is not None:
+            if self.serving.counts is not None:
                 self.serving.counts.leave(place)
 
     def facts(self, command: str, target: Endpoint | None, addresses: tuple[Endpoint, ...] = ()) -> Facts:
         """Return the facts of this client's request."""
         assert self.request is not None
         protocol = "udp" if command in UDP_COMMANDS else "tcp"
-        version = "socks_v4" if self.request.version == SOCKS4 else "socks_v5"
-        return Facts(command, protocol, version, self.client, target, addresses, self.identity)
+        language = PROXY_PROTOCOL_OF_VERSION[self.request.version]
+        return Facts(command, protocol, language, self.client, target, addresses, self.identity)
 
     def authenticated_by(self, method: str) -> None:
         """Let the records of the request name the client."""
@@ -6893,13 +7389,20 @@ class Session:
     def reply(self, reply: Reply, bound: Endpoint) -> None:
         """Answer the request; what cannot be sent within timeout.negotiate ends the session."""
         assert self.request is not None
+        if self.answer is not None:
+            self.answer(reply, bound)
+            return
         deadline = deadline_after(self.config.timeouts.negotiate)
         self.stream.send(encode_reply_for(self.request.version, reply, bound), deadline)
 
     def open_external(self, rule: Rule, target: Endpoint) -> socket.socket:
         """Return a stream socket that is bound and ready to connect under a rule; Refused, OSError."""
         source = find_redirect(rule, self.client_rule, "connect").source
-        connection = self.open_from(source, target, socket.SOCK_STREAM, self.client)
+        kept = self.client
+        if self.request is not None and self.request.version == HTTP1:
+            # One request after the other from the same port would meet what the last one left behind.
+            kept = kept._replace(port=0)
+        connection = self.open_from(source, target, socket.SOCK_STREAM, kept)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(self.serving.keepalive))
         self.set_options(connection, rule, "external")
@@ -7638,6 +8141,435 @@ REQUESTS: dict[str, type[ConnectRequest | BindRequest | UdpRequest]] = {
 }
 
 
+# ============================== 16. HTTP ==============================
+# A client that speaks HTTP on the port for SOCKS (proxyprotocol: http): CONNECT, and requests with the
+# whole URI, one after the other.  Each is judged, connected and recorded as the same CONNECT in SOCKS would
+# be, and has its connection to the target for itself.
+
+INTERIM_RESPONSES = 32  # 1xx before the real one: more is an attack
+LINGER_SECONDS = 2.0  # for a client that is still sending to read why it should not
+LINGER_BYTES = 1 << 20
+
+
+def linger(connection: socket.socket) -> None:
+    """Let a client read its answer before the close: what it sent in vain would turn that into a reset."""
+    deadline, left = time.monotonic() + LINGER_SECONDS, LINGER_BYTES
+    try:
+        connection.shutdown(socket.SHUT_WR)
+        while left > 0:
+            wait_for(connection.fileno(), select.POLLIN, deadline)
+            data = connection.recv(MOST_RECORDED_BYTES)
+            left = left - len(data) if data else 0
+    except (OSError, DeadlinePassed):
+        pass
+
+
+class HttpExchange:
+    """One request and its response, between a client and a target.  Owned by the session's thread.
+
+    No more than one read waits here in each direction.
+    """
+
+    def __init__(self, request: HttpRequest, records: TcpRecords, pending: bytearray) -> None:
+        self.request = request
+        self.client, self.target = records.sides
+        self.client.peer, self.target.peer = self.target, self.client
+        self.client.may_splice = self.target.may_splice = False  # every byte is looked at
+        self.idle = records.rule.timeouts.io_tcp or NO_DEADLINE
+        self.observe = records.observer()
+        self.pending = pending  # read from the client and not yet understood
+        self.upload = make_body(request.length or 0)
+        self.answer = bytearray(self.client.backlog)  # read from the target and not yet understood
+        self.client.backlog = b""
+        self.looked_at = 0  # bytes of the answer
+        self.response: HttpResponse | None = None
+        self.download: HttpBody = EndlessBody()
+        self.interims = 0
+        self.persists = request.persists
+        self.answered = False  # the client has a part of the response
+        self.refuses = False  # the target takes no more of the request: its answer may still come
+
+    def run(self) -> None:
+        """Pass the request on and the response back.
+
+        HttpError where there is no whole response: `answered` tells whether the client has a part of it.
+        PeerGone or SideFailed if the client has gone.
+        """
+        self._send(self.target, encode_http_request(self.request))
+        self._pass_request()
+        self._pass_response()
+        active = time.monotonic()
+        while not self.download.finished or self.client.backlog:
+            events = self._wait(active + self.idle)
+            if not events and time.monotonic() >= active + self.idle:
+                raise HttpError("i/o timeout", 504)
+            active = time.monotonic() if events else active
+            for descriptor, mask in events:
+                if descriptor == self.client.connection.fileno():
+                    self._serve_client(mask)
+                else:
+                    self._serve_target(mask)
+
+    def _wait(self, deadline: float) -> list[tuple[int, int]]:
+        """Return (descriptor, poll events) pairs; none when the deadline has passed."""
+        poller = select.poll()
+        poller.register(self.client.connection.fileno(), self._find_mask(self.client))
+        mask = self._find_mask(self.target)
+        if mask:
+            # Not for nothing: a target that has gone would be reported for as long as the client is slow.
+            poller.register(self.target.connection.fileno(), mask)
+        return poller.poll(poll_milliseconds(deadline))
+
+    def _find_mask(self, side: Side) -> int:
+        """Return what of a side there is to wait for."""
+        mask = select.POLLOUT if side.backlog else 0
+        if side.peer.backlog:
+            return mask
+        if side is self.target:
+            return mask | (0 if self.download.finished else select.POLLIN)
+        if not self.upload.finished and not self.refuses:
+            return mask | select.POLLIN
+        return mask | (0 if side.finished else select.POLLRDHUP)
+
+    def _serve_client(self, mask: int) -> None:
+        client = self.client
+        if mask & select.POLLOUT and client.backlog:
+            client.send(client.backlog)
+        if mask & select.POLLIN:
+            data = client.receive()
+            if data == b"":
+                raise PeerGone(CLIENT_CLOSED)
+            self.pending += data or b""
+            self._pass_request()
+        elif mask & FAILED:
+            raise PeerGone(CLIENT_CLOSED)
+        elif mask & select.POLLRDHUP:
+            # Passed on, as in the relay: whether its answer is still wanted, the target decides.
+            client.finished = True
+            self._finish_target()
+
+    def _finish_target(self) -> None:
+        if not self.target.backlog and not self.refuses:
+            try:
+                self.target.finish_sending()
+            except SideFailed:
+                self.refuses = True
+
+    def _serve_target(self, mask: int) -> None:
+        target = self.target
+        if mask & select.POLLOUT and target.backlog:
+            self._write(target, target.backlog)
+            if not target.backlog:
+                self._pass_request()
+                if self.client.finished:
+                    self._finish_target()
+        if mask & (select.POLLIN | FAILED) and not self.client.backlog and not self.download.finished:
+            self._read_target()
+
+    def _read_target(self) -> None:
+        try:
+            data = self.target.receive()
+        except SideFailed as failure:
+            raise HttpError(str(failure), 502) from None
+        if data == b"":
+            if self.response is None or not isinstance(self.download, EndlessBody):
+                raise HttpError("remote peer closed in the middle of its response", 502)
+            self.download.finished = True
+        self.answer += data or b""
+        self._pass_response()
+
+    def _send(self, side: Side, data: bytes) -> None:
+        """Send data that a rule may want recorded."""
+        if self.observe is not None:
+            self.observe(side.peer, data)
+        self._write(side, data)
+
+    def _write(self, side: Side, data: bytes) -> None:
+        """Send data; a target that does not take it may still have answered."""
+        try:
+            side.send(data)
+        except SideFailed:
+            if side is self.client:
+                raise
+            side.backlog = b""
+            self.refuses = True
+
+    def _pass_request(self) -> None:
+        """Pass on what is there of the request's body."""
+        if self.upload.finished or self.target.backlog:
+            return
+        content = self.upload.take(self.pending)
+        if self.request.length == CHUNKED:
+            content = encode_chunk(content, self.upload.finished)
+        if content and not self.refuses:
+            self._send(self.target, content)
+
+    def _pass_response(self) -> None:
+        """Pass on what is there of the response."""
+        output = []
+        while self.response is None:
+            end = self._find_head()
+            if not end:
+                break
+            head = bytes(self.answer[:end])
+            del self.answer[:end]
+            output.append(self._take_head(head))
+        if self.response is not None:
+            content = self._take_content()
+            if self.response.length == CHUNKED and self.request.minor:
+                content = encode_chunk(content, self.download.finished)
+            output.append(content)
+        data = b"".join(output)
+        if data:
+            self.answered = self.response is not None
+            self._send(self.client, data)
+
+    def _find_head(self) -> int:
+        end = self._understand(lambda: find_head_end(self.answer, self.looked_at))
+        self.looked_at = 0 if end else len(self.answer)
+        return end
+
+    def _take_content(self) -> bytes:
+        return self._understand(lambda: self.download.take(self.answer))
+
+    def _understand(self, read: Callable[[], T]) -> T:
+        """Read something of the answer: whatever is wrong with it, is the target's fault."""
+        try:
+            return read()
+        except HttpError as error:
+            raise HttpError(f"remote peer error ({error})", 502) from None
+
+    def _take_head(self, head: bytes) -> bytes:
+        """Take the head of a response, interim or final, and return what of it the client gets."""
+        response = self._understand(lambda: decode_http_response(head, self.request.method))
+        if response.status < 200:
+            self.interims += 1
+            if self.interims > INTERIM_RESPONSES:
+                raise HttpError("remote peer error (http: too many interim responses)", 502)
+            return encode_http_response(response, 1, True) if self.request.minor else b""
+        self.response, self.download = response, make_body(response.length)
+        self.persists = self.persists and response.length != UNTIL_END and self.upload.finished
+        return encode_http_response(response, self.request.minor, self.persists)
+
+
+class HttpConversation:
+    """An HTTP client's connection, with one request after the other.  Owned by the session's thread."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.record = session.record
+        self.stream = session.stream
+        self.admitted = session.identity  # who the client is before it names itself
+        self.login: tuple[str, bytes] | None = None
+        self.method = ""  # of the request that is being served
+        self.deadline = session.deadline
+        self.began = session.record.started
+        self.served = 0  # requests that came to a target
+        self.sent = 0  # to the client, and
+        self.received = 0  # from it, in these requests
+        self.end = "eof from local client"  # what it means if the client closes now
+        self.lingers = False  # an answer may not have been read yet
+        session.answer = self.reply
+
+    def run(self) -> None:
+        """Serve the client until either side has had enough."""
+        while self.serve_request():
+            self.deadline = deadline_after(self.session.client_rule.timeouts.negotiate)
+            self.session.phase = "waiting for a request"
+        if self.lingers:
+            linger(self.session.connection)
+        self.session.answer = None
+
+    def serve_request(self) -> bool:
+        """Serve the next request; return whether another one may follow."""
+        self.method = ""
+        try:
+            head = self.read_head()
+            request = decode_http_request(head)
+        except HttpError as error:
+            self.refuse(error.status)
+            self.finish(str(error))
+        except DeadlinePassed:
+            self.time_out()
+        except PeerGone:
+            self.finish(self.end)
+        except OSError as error:
+            self.finish(f"local client error ({error.strerror})")
+        else:
+            self.method = request.method
+            return self.serve(request, len(head)) if self.identify(request) else self.challenge(request)
+        return False
+
+    def read_head(self) -> bytes:
+        """Return the head of the next request, when all of it is there."""
+        pending, looked_at = self.stream.pending, 0
+        while True:
+            while pending.startswith(b"\r\n"):
+                del pending[:2]  # RFC 9112 section 2.2: some clients end a body so
+            end = find_head_end(pending, looked_at)
+            if end:
+                head = bytes(pending[:end])
+                del pending[:end]
+                return head
+            looked_at = len(pending)
+            self.stream.read_more(self.deadline)
+
+    # --- who it is ---
+
+    def identify(self, request: HttpRequest) -> bool:
+        """Find out who the client says it is, now: proxies before us may share a connection among users."""
+        session = self.session
+        if request.login != self.login:
+            session.verified.clear()
+        self.login = request.login
+        methods = session.client_rule.socksmethods
+        if request.login is not None and choose_method(methods, (2,)) == 2:
+            user, session.password = request.login
+            session.identity = self.admitted._replace(method="username", user=user)
+            return True
+        session.identity, session.password = self.admitted, None
+        return choose_method(methods, (0,)) == 0
+
+    def challenge(self, request: HttpRequest) -> bool:
+        """Ask for a password; return whether the client may give it on the same connection."""
+        persists = request.persists and not request.length and not self.stream.pending
+        self.end = "client offered no acceptable authentication method"
+        self.refuse(407, persists)
+        if not persists:
+            self.finish(self.end)
+        return persists
+
+    def find_login_fault(self) -> str:
+        """Return what is wrong with the password if that can be told before the request is judged, or ""."""
+        session = self.session
+        method = only_password_method(session.config) if session.identity.method == "username" else ""
+        return session.verify(method, session.password_rule(method)) if method else ""
+
+    # --- what it wants ---
+
+    def serve(self, request: HttpRequest, head_bytes: int) -> bool:
+        """Judge a request and perform it; return whether another one may follow."""
+        session = self.session
+        fault = self.find_login_fault()
+        if fault:
+            self.refuse(407)
+            self.record.negotiation_failed(self.stream.received, fault)
+            return False
+        session.request = Request(HTTP1, "connect", request.target)
+        session.phase = "request"
+        session.lookup.answers.clear()  # each request has names resolved anew, and pinned for itself
+        if self.served:
+            self.record.started = time.monotonic()
+            session.leave_requests()
+        connect = ConnectRequest(session, session.request)
+        if request.method == "CONNECT":
+            connect.run()
+            return False
+        records = connect.open()
+        return records is not None and self.exchange(request, records, head_bytes)
+
+    def exchange(self, request: HttpRequest, records: TcpRecords, head_bytes: int) -> bool:
+        """Pass a request and its response; return whether another request may follow."""
+        session, (client, target) = self.session, records.sides
+        self.served += 1
+        self.end = CLIENT_CLOSED
+        session.phase = "io"
+        client.received = head_bytes + len(self.stream.pending)
+        session.describe_io = lambda: (
+            f"{records.near} <-> {records.far}: {client.received} <-> {target.received}"
+        )
+        records.opened()
+        exchange = HttpExchange(request, records, self.stream.pending)
+        reason = self.run_exchange(exchange)
+        session.describe_io = None
+        client.received -= len(self.stream.pending)
+        self.sent += client.sent
+        self.received += client.received
+        records.closed(reason)
+        del self.record.connections[1:]
+        session.opened.remove(target.connection)
+        target.connection.close()
+        if exchange.persists:
+            return True
+        self.finish(reason)
+        return False
+
+    def run_exchange(self, exchange: HttpExchange) -> str:
+        """Return the reason for the end of an exchange, in Dante's words where it has some."""
+        reason, self.lingers = TARGET_CLOSED, True
+        try:
+            exchange.run()
+        except HttpError as error:
+            reason, exchange.persists = str(error), False
+            # Neither side may take its part for the whole.
+            exchange.target.reset()
+            if not exchange.answered:
+                exchange.client.sent += self.refuse(error.status)
+            else:
+                exchange.client.reset()
+                self.lingers = False
+        except (PeerGone, SideFailed, OSError) as error:
+            reason, exchange.persists = str(error), False
+            exchange.target.reset()
+            self.lingers = False
+        return ENDED_BY_US if self.session.stopping else reason
+
+    # --- answers and ends ---
+
+    def reply(self, reply: Reply, bound: Endpoint) -> None:
+        """Answer a request as session.reply does in SOCKS."""
+        if reply == Reply.SUCCEEDED:
+            line = b"HTTP/1.1 200 Connection established\r\n\r\n"
+            self.stream.send(line, deadline_after(self.session.config.timeouts.negotiate))
+            return
+        status = HTTP_STATUS_OF_REPLY.get(reply, 502)
+        self.refuse(407 if status == 403 and self.would_pass_with_password() else status)
+
+    def would_pass_with_password(self) -> bool:
+        """Tell whether a request was refused for want of a password, or for a wrong one."""
+        session = self.session
+        if self.login is not None or choose_method(session.client_rule.socksmethods, (2,)) != 2:
+            return any(session.verified.values())
+        assert session.request is not None
+        try:
+            addresses = ConnectRequest(session, session.request).find_addresses()
+        except Refused:
+            return False
+        facts = session.facts("connect", session.request.target, addresses)
+        return session.serving.policy.wants_password(facts, session.lookup)
+
+    def refuse(self, status: int, persists: bool = False) -> int:
+        """Answer with an error; return how many bytes that took."""
+        self.lingers = not persists
+        data = encode_http_error(status, self.method, persists)
+        try:
+            self.stream.send(data, deadline_after(self.session.config.timeouts.negotiate))
+        except (OSError, DeadlinePassed):
+            return 0
+        return len(data)
+
+    def time_out(self) -> None:
+        """End a connection on which no request came in time."""
+        if self.stream.pending:
+            self.refuse(408)
+        if self.served:
+            self.finish("idle connection closed")
+        else:
+            seconds = self.session.client_rule.timeouts.negotiate
+            self.record.blocked_at_accept(f"negotiate timeout after {describe_count(seconds, 'second')}")
+
+    def finish(self, reason: str) -> None:
+        """Record the end of the connection, where no request has done so."""
+        self.record.started = self.began
+        if self.record.ended:
+            return
+        reason = ENDED_BY_US if self.session.stopping else reason
+        if self.served:
+            self.record.closed(self.sent, self.received, reason)
+        else:
+            self.record.negotiation_failed(self.stream.received, reason)
+
+
 def serve_client(session: Session) -> None:
     """Serve one client from accept to close: the life of a session."""
     try:
@@ -7648,14 +8580,17 @@ def serve_client(session: Session) -> None:
         elif session.negotiate():
             assert session.request is not None
             session.phase = "request"
-            REQUESTS[session.request.command](session, session.request).run()
+            if session.request.version == HTTP1:
+                HttpConversation(session).run()
+            else:
+                REQUESTS[session.request.command](session, session.request).run()
     except (OSError, DeadlinePassed) as error:
         session.lose_client(error)
     finally:
         session.close()
 
 
-# ============================== 16. Processes ==============================
+# ============================== 17. Processes ==============================
 # The bodies of the three kinds of children: worker (clients), resolver (names) and warden
 # (passwords, privileged ports).  Each obeys the mother through its control socket and ends when that closes,
 # so no child outlives the mother.
@@ -8222,7 +9157,7 @@ class Warden:
             raise Refused("not an external address, or compatibility: sameport is not set")
 
 
-# ============================== 17. Mother ==============================
+# ============================== 18. Mother ==============================
 # The process with the power: binds, opens logs, forks the others, acts on signals.  It has one
 # thread and never reads a byte of a client.
 
@@ -8884,7 +9819,7 @@ class Mother:
     }
 
 
-# ============================== 18. Command line ==============================
+# ============================== 19. Command line ==============================
 # danted's options and exit statuses.  The only section that prints, and that ends the program.
 
 COPYRIGHT = f"sockd v{__version__}.  Copyright (c) 2026 the sockd authors"

@@ -123,6 +123,7 @@ DIFFERENCES = {
     "check_start4": "Refusals",
     "decode_request4": "SOCKS 4A",
     "decode_request": "Refusals",
+    "read_handshake": "HTTP",
     "describe_client": "Escapes",
     "check_password": "Expired accounts",
     "_from_control": "UDP control connection",

@@ -136,7 +136,6 @@ NOT_BUILT = {
     "route-socks5": {"route"},
     "route-username": {"route"},
     "rules-any-order": {"alarm.data", "monitor", "route"},
-    "socks-proxyprotocol-http": {"proxyprotocol: http"},
 }
 # danted was built without these; what we make of them is find_unsupported's affair.
 OPTIONAL = {

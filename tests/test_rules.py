@@ -187,6 +187,42 @@ def test_fake_resolving_matches_text_only_and_asks_nobody() -> None:
     assert world.questions == 0
 
 
+def test_block_rule_that_names_no_proxyprotocol_holds_for_http_too() -> None:
+    pass_http = "socks pass { from: 0/0 to: 0/0\n proxyprotocol: http\n}\n"
+    http = request("192.0.2.1", proxyprotocol="http")
+    assert verdict("socks block { from: 0/0 to: 192.0.2.0/24 }\n" + pass_http, http) == ("block", 1)
+    only = "socks block { from: 0/0 to: 192.0.2.0/24\n proxyprotocol: socks_v4 socks_v5\n}\n"
+    assert verdict(only + pass_http, http) == ("pass", 2)
+    assert verdict("socks block { from: 0/0 to: 192.0.2.0/24 }\n" + PASS_ALL, request("192.0.2.1")) == (
+        "block",
+        1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rules", "wants"),
+    [
+        ("socks pass { from: 0/0 to: 0/0\n socksmethod: username\n}", True),
+        ("socks pass { from: 0/0 to: 0/0\n socksmethod: username\n user: ann\n}", True),
+        ("socks pass { from: 0/0 to: 198.51.100.0/24\n socksmethod: username\n}", False),
+        ("socks pass { from: 0/0 to: 0/0\n socksmethod: username\n proxyprotocol: socks_v5\n}", False),
+        ("socks pass { from: 0/0 to: 0/0\n socksmethod: none\n}", False),
+        ("socks block { from: 0/0 to: 0/0\n socksmethod: none\n}", True),
+        ("socks block { from: 0/0 to: 0/0\n socksmethod: none username\n}", False),
+        ("socks block { from: 0/0 to: 0/0\n socksmethod: username\n user: bob\n}", True),
+        ("", True),
+    ],
+)
+def test_http_client_is_asked_for_a_password_where_one_could_help(rules: str, wants: bool) -> None:
+    last = "socks pass { from: 0/0 to: 0/0\n socksmethod: username\n proxyprotocol: http\n}\n"
+    if "socks pass" in rules:
+        last = ""
+        rules = rules if "proxyprotocol" in rules else rules.replace("}", " proxyprotocol: http\n}")
+    judge = policy(f"{rules}\n{last}", "socksmethod: username none")
+    facts = request("192.0.2.1", proxyprotocol="http")
+    assert judge.wants_password(facts, World()) is wants
+
+
 @pytest.mark.parametrize(
     ("line", "change", "matches"),
     [
@@ -197,6 +233,10 @@ def test_fake_resolving_matches_text_only_and_asks_nobody() -> None:
         ("protocol: tcp", {"command": "udpassociate", "protocol": "udp"}, False),
         ("proxyprotocol: socks_v4", {}, False),
         ("proxyprotocol: socks_v4", {"proxyprotocol": "socks_v4"}, True),
+        ("", {"proxyprotocol": "http"}, False),
+        ("proxyprotocol: socks_v4 socks_v5", {"proxyprotocol": "http"}, False),
+        ("proxyprotocol: http", {"proxyprotocol": "http"}, True),
+        ("proxyprotocol: http", {}, False),
         ("command: udpreply", {"command": "udpreply", "protocol": "udp"}, True),
     ],
 )
