@@ -647,7 +647,6 @@ NEEDS_UPNP = "it needs a UPnP library"
 # A value stands behind its keyword; a name that ends in a dot stands for all that begin so.
 UNSUPPORTED = {
     "alarm.": NOT_YET,
-    "bandwidth": NOT_YET,
     "child.": NOT_YET,
     "clientcompatibility": NOT_YET,
     "compatibility: draft-5.05": NOT_YET,
@@ -4535,6 +4534,7 @@ PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
 M_ARENA_MAX = -8  # malloc.h
 SIOCATMARK = 0x8905  # asm-generic/sockios.h
+FIONREAD = 0x541B  # asm-generic/ioctls.h
 AF_INET_FAMILY = {socket.AF_INET: 4, socket.AF_INET6: 6}
 FAMILY_OF = {4: socket.AF_INET, 6: socket.AF_INET6}
 
@@ -6010,11 +6010,11 @@ def ask_ident(client: Endpoint, local: Endpoint, deadline: float) -> str | None:
 
 
 # ============================== 12. Shared counts ==============================
-# What the workers of one generation count together: the sessions of a rule and of a source.  The mother
-# maps the memory before she forks; its old generation drains with its own counts, as Dante's sessions keep
-# their old rules.  Each worker has words of its own for what it holds, so that the mother can take
-# back what a dead one held.  Whoever changes more than that holds the lock, which the kernel takes from
-# a process that dies.
+# What the workers of one generation count together: the sessions of a rule and of a source, and the bytes
+# of a rule.  The mother maps the memory before she forks; its old generation drains with its own counts, as
+# Dante's sessions keep their old rules.  Each worker has words of its own for what it holds, so that the
+# mother can take back what a dead one held.  Whoever changes more than that holds the lock, which the
+# kernel takes from a process that dies.
 #
 # A hijacked worker can write anything here and hold the lock for ever.  That spoils limits and nothing
 # else: no word is used as an index, every value is checked when it is read, and nobody waits long.
@@ -6025,6 +6025,11 @@ MOST_SOURCES = 65536  # sources counted at a time under session.state.*, for all
 MOST_PROBES = 64  # entries that a source may be found in
 MOST_COUNT = 1 << 62  # what is higher was not written by us
 NANOSECONDS = 1_000_000_000
+TURNS_PER_SECOND = 50  # of a rule's bandwidth: how much one session may take before the next
+TURN_BYTES = 1460  # where the bandwidth is small a turn is larger, up to a packet on an Ethernet
+LONGEST_TURN = 4  # ... and to this part of a second
+CATCH_UP_NANOSECONDS = NANOSECONDS // 10  # bandwidth unused for so long may be used later
+MOST_AHEAD_NANOSECONDS = 3600 * NANOSECONDS  # no queue of sessions is so long
 KEY_WORDS = 3  # rule and family, and the two halves of an IPv6 address
 
 
@@ -6078,13 +6083,14 @@ class Place(NamedTuple):
 class Counts:
     """The shared memory of one generation.  Made by the mother, shared by all threads of its workers.
 
-    It is an array of 64-bit words.  A gauge is START (of the throttle's time, in ns), TAKEN (sessions
+    It is an array of 64-bit words.  A bandwidth is one of them: when the bytes promised so far will have been
+    paid for, in ns.  A gauge is START (of the throttle's time, in ns), TAKEN (sessions
     since), and for each worker the sessions that it holds.  Each rule with limits has one, and so has
     each entry of the table of sources, behind its key.
     """
 
-    def __init__(self, limited: Sequence[Rule], workers: int) -> None:
-        """Map the memory for rules that limit their sessions; OSError."""
+    def __init__(self, limited: Sequence[Rule], shared: Sequence[Rule], workers: int) -> None:
+        """Map the memory for rules that limit their sessions, and those with a bandwidth; OSError."""
         self.workers = workers
         self.number = 0  # of this worker, from 0
         self.gauge_words = 2 + workers
@@ -6092,7 +6098,9 @@ class Counts:
         self.gauges = {(r.kind, r.number): n * self.gauge_words for n, r in enumerate(limited)}
         self.table = len(limited) * self.gauge_words
         self.entries = MOST_SOURCES if any(rule.session.state_key for rule in limited) else 0
-        size = self.table + self.entries * self.entry_words
+        self.table_end = self.table + self.entries * self.entry_words
+        self.bandwidths = {(r.kind, r.number): n for n, r in enumerate(shared, self.table_end)}
+        size = self.table_end + len(shared)
         mmap = importlib.import_module("mmap")
         # Anonymous memory, as nobody can truncate that under the others.  What of the table is never
         # used never becomes memory.
@@ -6106,7 +6114,7 @@ class Counts:
         offset = 2 + number
         for start in self.gauges.values():
             self.words[start + offset] = 0
-        for entry in range(self.table, len(self.words), self.entry_words):
+        for entry in range(self.table, self.table_end, self.entry_words):
             if self.words[entry]:
                 self.words[entry + KEY_WORDS + offset] = 0
 
@@ -6190,8 +6198,76 @@ class Counts:
 
 def make_counts(config: Config, workers: int) -> Counts | None:
     """Return what the workers of a configuration share, or None where it counts nothing; OSError."""
-    limited = [r for r in (*config.client_rules, *config.socks_rules) if limits_sessions(r.session)]
-    return Counts(limited, workers) if limited else None
+    rules = (*config.client_rules, *config.socks_rules)
+    limited = [rule for rule in rules if limits_sessions(rule.session)]
+    shared = [rule for rule in rules if rule.bandwidth]
+    return Counts(limited, shared, workers) if limited or shared else None
+
+
+class Budget:
+    """One session's part in the bandwidth of a rule.  Owned by the session's thread, but for `cancel`.
+
+    The bytes of all sessions stand in one queue, in both directions: each that is promised moves the end of
+    the queue on by the time that it takes.  A session asks for no more than a turn, and for the next one
+    only when that is used up, so all that have something to move get the same.
+    """
+
+    def __init__(self, counts: Counts, rule: Rule) -> None:
+        assert rule.bandwidth is not None
+        self.counts = counts
+        self.word = counts.bandwidths[rule.kind, rule.number]
+        self.per_second = rule.bandwidth
+        packet = min(TURN_BYTES, self.per_second // LONGEST_TURN)
+        self.turn = max(1, packet, self.per_second // TURNS_PER_SECOND)
+        self.promised = 0  # bytes that may be moved from `ready_at` on
+        self.ready_at = 0.0  # of time.monotonic()
+        self.cancelled = False
+
+    def grant(self, wanted: int, most: int) -> int:
+        """Return how many of the wanted bytes, at most `most`, may be moved now; 0: wait until `ready_at`.
+
+        What is granted and not used is to be given back.
+        """
+        if self.cancelled:
+            return wanted
+        if not self.promised:
+            amount = min(wanted, most)
+            start, now = self._queue(amount)
+            if start <= now:
+                return amount
+            self.promised, self.ready_at = amount, time.monotonic() + (start - now) / NANOSECONDS
+        if time.monotonic() < self.ready_at:
+            return 0
+        granted, self.promised = min(self.promised, wanted), 0
+        return granted
+
+    def give_back(self, amount: int) -> None:
+        """Put back bytes that were not used; a negative amount pays for some that were not asked for."""
+        if amount:
+            with self.counts.lock:
+                end = self.counts.words[self.word] - amount * NANOSECONDS // self.per_second
+                self.counts.words[self.word] = min(max(end, 0), MOST_COUNT)
+
+    def close(self) -> None:
+        """Put back what was promised: the session has ended."""
+        self.give_back(self.promised)
+        self.promised = 0
+
+    def cancel(self) -> None:
+        """Let everything through from now on, as the server ends.  Called by the worker's main thread."""
+        self.cancelled = True
+
+    def _queue(self, amount: int) -> tuple[int, int]:
+        """Return when the bytes have their turn, and the time now, both in ns."""
+        words = self.counts.words
+        with self.counts.lock:
+            now = time.monotonic_ns()
+            end = words[self.word]
+            if end > now + MOST_AHEAD_NANOSECONDS:
+                end = 0  # not of our writing
+            start = max(end, now - CATCH_UP_NANOSECONDS)
+            words[self.word] = start + amount * NANOSECONDS // self.per_second
+        return start, now
 
 
 # ============================== 13. Relay ==============================
@@ -6215,6 +6291,7 @@ MOST_VERDICTS = 256  # per association: datagram verdicts remembered
 LOGS_DATAGRAMS = frozenset({"ioop", "data"})
 UDP_HEADER_BYTES = {ATYP_IPV4: 10, ATYP_IPV6: 22}  # those of one length (RFC 1928 section 7)
 UDP_BATCH = 32  # datagrams read from one socket before the others have their turn
+UNHEARD_SECONDS = 0.25  # how often a session that waits for bandwidth and hears nothing looks up
 UDP_ORPHAN_SECONDS = 5.0  # an association outlives its client's FIN as long as it sends this often
 
 CLIENT_CLOSED, TARGET_CLOSED = "local client closed", "remote peer closed"
@@ -6234,6 +6311,10 @@ class Waiter(selectors.PollSelector):
 
     def watch(self, descriptor: int, events: int) -> None:
         self._selector.register(descriptor, events)  # type: ignore[attr-defined]
+
+    def forget(self, descriptor: int) -> None:
+        """Hear no more of a descriptor, which must be watched, not even its errors."""
+        self._selector.unregister(descriptor)  # type: ignore[attr-defined]
 
 
 READABLE = select.POLLIN | select.POLLPRI
@@ -6281,6 +6362,7 @@ class Side:
 
     __slots__ = (
         "backlog",
+        "bulk",
         "connection",
         "finished",
         "may_splice",
@@ -6304,6 +6386,7 @@ class Side:
         self.sent = 0
         self.size = FIRST_READ_BYTES  # of the next read: it grows with what comes
         self.most = MOST_READ_BYTES
+        self.bulk = SPLICE_BYTES  # most to go into the pipe at a time
         self.may_splice = True  # nobody has to see the bytes
         self.pipe: Pipe | None = None  # while what it sends is bulk
         self.piped = 0  # bytes from it in the pipe
@@ -6342,9 +6425,7 @@ class Side:
         """
         assert self.pipe is not None
         try:
-            self.piped = os.splice(
-                self.connection.fileno(), self.pipe.writer, SPLICE_BYTES, flags=SPLICE_FLAGS
-            )
+            self.piped = os.splice(self.connection.fileno(), self.pipe.writer, self.bulk, flags=SPLICE_FLAGS)
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -6415,6 +6496,16 @@ class Side:
             pass
 
 
+def readable_bytes(connection: socket.socket) -> int:
+    """Return how much waits to be read; of datagrams the length of the first."""
+    count = bytearray(4)
+    try:
+        fcntl.ioctl(connection.fileno(), FIONREAD, count)
+    except OSError:
+        return 0
+    return int.from_bytes(count, sys.byteorder)
+
+
 class TcpRelay:
     """A TCP session's two sides while data flows.  Owned by its session's thread."""
 
@@ -6431,6 +6522,10 @@ class TcpRelay:
             client.most = target.most = MOST_RECORDED_BYTES
             client.may_splice = target.may_splice = False
         self.waiter = Waiter()
+        self.budget: Budget | None = None  # where a rule has a bandwidth
+        self.resume_at = 0.0  # while the budget is used up: when that is over
+        self.unheard = False  # a side has closed both directions meanwhile
+        self.served: Side | None = None  # last, of those that had to be paid for
         self.first_to_finish: Side | None = None
         self.finished_at = NO_DEADLINE
         self.masks = dict.fromkeys(self.sides, -1)
@@ -6439,7 +6534,7 @@ class TcpRelay:
         """Move data until the session ends; return the reason in Dante's words."""
         try:
             with self.waiter:
-                return self._run()
+                return self._run() if self.budget is None else self._run_paced(self.budget)
         except SideFailed as failure:
             failure.side.peer.reset()
             if failure.side.finished:
@@ -6484,11 +6579,80 @@ class TcpRelay:
         """
         for descriptor, side in self.sides.items():
             mask = select.POLLOUT if side.backlog or side.peer.piped else 0
-            if not side.finished and not side.peer.backlog and not side.piped:
+            if not side.finished and not side.peer.backlog and not side.piped and not self.resume_at:
                 mask |= side.reading
             if mask != self.masks[descriptor]:
                 self.masks[descriptor] = mask
                 self.waiter.watch(descriptor, mask)
+
+    def _run_paced(self, budget: Budget) -> str:
+        """_run, for a session that shares a bandwidth."""
+        for side in (self.client, self.target):
+            side.may_splice = side.may_splice and budget.turn >= BULK_BYTES
+            if side.backlog:
+                budget.give_back(-len(side.backlog))
+                side.send(side.backlog)
+        self._watch()
+        idle = self.timeouts.io_tcp or NO_DEADLINE
+        active = time.monotonic()
+        while not (self.client.finished and self.target.finished and not self._backlog()):
+            limit = min(active + idle, self.finished_at)
+            events = self.waiter.wait(self._next_look(limit))
+            now = time.monotonic()
+            if self.resume_at and (now >= self.resume_at or budget.cancelled):
+                self.resume_at, self.unheard, active = 0.0, False, now
+                self._watch()
+            elif not events and now >= limit and not self.resume_at:
+                return self._describe_timeout(active + idle)
+            # The side that was served last comes last, or one direction would take it all.
+            for side, mask in sorted(
+                ((self.sides[descriptor], mask) for descriptor, mask in events),
+                key=lambda event: event[0] is self.served,
+            ):
+                active = now
+                self._serve_paced(budget, side, mask)
+        return CLIENT_CLOSED if self.first_to_finish is self.client else TARGET_CLOSED
+
+    def _next_look(self, limit: float) -> float:
+        """Return how long to wait for an event; to wait for the budget is not to be idle."""
+        if not self.resume_at:
+            return limit
+        return min(self.resume_at, time.monotonic() + UNHEARD_SECONDS) if self.unheard else self.resume_at
+
+    def _serve_paced(self, budget: Budget, side: Side, mask: int) -> None:
+        """_serve, once the budget has room for what is to be read."""
+        readable = mask & (READABLE | FAILED) and not side.finished
+        if not readable or side.peer.backlog or side.piped:
+            self._serve(side, mask)
+            return
+        if self.resume_at:
+            self._serve(side, mask & select.POLLOUT)
+            if mask & FAILED:
+                self._check_failure(side)
+            return
+        waiting = readable_bytes(side.connection)
+        granted = budget.grant(waiting, min(budget.turn, SPLICE_BYTES)) if waiting else 0
+        if waiting and not granted:
+            self.resume_at = budget.ready_at
+            self._watch()
+            return
+        side.size = min(granted or FIRST_READ_BYTES, BULK_BYTES if side.may_splice else side.most)
+        side.bulk = min(granted, SPLICE_BYTES)
+        before = side.received
+        self.served = side
+        self._serve(side, mask)
+        # A mere FIN costs nothing, but bytes may have come with it.
+        budget.give_back(granted - (side.received - before))
+
+    def _check_failure(self, side: Side) -> None:
+        """SideFailed if a side is broken, not just closed in both directions with something left to read."""
+        number = side.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            raise SideFailed(side, OSError(number, os.strerror(number)))
+        # poll(2) would tell of this again and again.
+        self.waiter.forget(side.connection.fileno())
+        self.masks[side.connection.fileno()] = -1
+        self.unheard = True
 
     def _serve(self, side: Side, mask: int) -> None:
         peer = side.peer
@@ -6651,6 +6815,9 @@ class UdpRelay:
         # What needs neither a verdict nor a record any more, by the bytes and addresses as they come:
         self.outward: dict[bytes, tuple[UdpPath, tuple]] = {}  # type: ignore[type-arg]  # header -> path, target
         self.inward: dict[tuple, tuple[bytes, tuple]] = {}  # type: ignore[type-arg]  # sender -> header, receiver
+        self.budget: Budget | None = None  # where a rule has a bandwidth
+        self.resume_at = 0.0  # while it is used up: when that is over
+        self.turn = 0  # which socket was the first to go on then
         self.client_address: tuple | None = None  # type: ignore[type-arg]  # of the known client
         self.waiter = Waiter()
         self.active = time.monotonic()
@@ -6663,8 +6830,10 @@ class UdpRelay:
             self.waiter.watch(self.relay.fileno(), select.POLLIN)
             while True:
                 deadline = min(self.active + self.idle_seconds, self.orphaned_at)
-                events = self.waiter.wait(deadline)
-                if not events and time.monotonic() >= deadline:
+                events = self.waiter.wait(self.resume_at or deadline)
+                if self.resume_at:
+                    self._resume()
+                elif not events and time.monotonic() >= deadline:
                     return CLIENT_CLOSED if self.orphaned_at <= deadline else "i/o timeout"
                 for descriptor, mask in events:
                     ended = self._serve(descriptor, mask)
@@ -6683,6 +6852,8 @@ class UdpRelay:
         path = self.path_of.get(descriptor)
         connection = path.connection if path else self.relay
         for _ in range(UDP_BATCH):
+            if self.budget is not None and not self._pay(self.budget, connection):
+                break
             try:
                 data, address = connection.recvfrom(DATAGRAM_BYTES)
             except BlockingIOError:
@@ -6697,6 +6868,32 @@ class UdpRelay:
             else:
                 self._from_target(path, data, endpoint_of(address, connection.family))
         return ""
+
+    def _pay(self, budget: Budget, connection: socket.socket) -> bool:
+        """Pay for the next datagram of a socket; False where it has to wait, and all others with it."""
+        if self.resume_at:
+            return False
+        waiting = readable_bytes(connection)
+        granted = budget.grant(waiting, waiting) if waiting else 0
+        if waiting and not granted:
+            self.resume_at = budget.ready_at
+            for descriptor in (self.relay.fileno(), *self.path_of):
+                self.waiter.forget(descriptor)  # the control connection is listened to
+            return False
+        budget.give_back(granted - waiting)  # another datagram than the one that had to wait
+        return True
+
+    def _resume(self) -> None:
+        """Go on when the budget has room again."""
+        if time.monotonic() < self.resume_at:
+            return
+        self.resume_at = 0.0
+        self.active = time.monotonic()
+        # The socket that is watched first is reported first: each in its turn.
+        descriptors = [*self.path_of, self.relay.fileno()]
+        self.turn = (self.turn + 1) % len(descriptors)
+        for descriptor in descriptors[self.turn :] + descriptors[: self.turn]:
+            self.waiter.watch(descriptor, select.POLLIN)
 
     def _pass_out(self, data: bytes) -> bool:
         """Send a datagram on as an earlier one with just this header; False if it is to be judged."""
@@ -7097,6 +7294,8 @@ class Session:
         self.stopping = False  # set by the worker when the server ends
         self.describe_io: Callable[[], str] | None = None
         self.opened: list[socket.socket] = []  # closed, whatever happens, at the end
+        self.request_rule = FINAL_SOCKS_BLOCK  # that let the request pass
+        self.budget: Budget | None = None
         self.admitted: Place | None = None  # held of the client-rule's session limits
         self.places: list[Place] = []  # held of those of socks-rules
 
@@ -7114,10 +7313,14 @@ class Session:
             opened.close()
         self.connection.close()
         self.leave_places()
+        if self.budget is not None:
+            self.budget.close()
 
     def abort(self) -> None:
         """Make the session end soon.  Called by the worker's main thread."""
         self.stopping = True
+        if self.budget is not None:
+            self.budget.cancel()
         for opened in (self.connection, *self.opened):
             try:
                 opened.shutdown(socket.SHUT_RDWR)
@@ -7331,7 +7534,21 @@ class Session:
     def decide_request(self, facts: Facts) -> Decision:
         """Judge what the client has asked for, once, and count it where its rule limits the sessions."""
         decision = self.decide(facts)
-        return self.count(decision) if decision.verdict == "pass" else decision
+        if decision.verdict == "pass":
+            self.request_rule = decision.rule
+            decision = self.count(decision)
+        return decision
+
+    def make_budget(self, rule: Rule) -> Budget | None:
+        """Return the session's part in a bandwidth: of the rule, of the request's, or of the client-rule."""
+        counts = self.serving.counts
+        if counts is None:
+            return None
+        for limited in (rule, self.request_rule, self.client_rule):
+            if limited.bandwidth:
+                self.budget = Budget(counts, limited)
+                break
+        return self.budget
 
     def count(self, decision: Decision) -> Decision:
         """Count a session under the rule that passed it, or block it."""
@@ -7554,6 +7771,7 @@ def run_relay(session: Session, records: TcpRecords, client: Side, target: Side)
             observe(client, early)
     session.describe_io = lambda: f"{records.near} <-> {records.far}: {client.received} <-> {target.received}"
     relay = TcpRelay(client, target, records.rule.timeouts, observe)
+    relay.budget = session.make_budget(records.rule)
     reason = relay.run()
     if session.stopping:
         reason = ENDED_BY_US
@@ -7998,6 +8216,7 @@ class UdpRequest:
             self.rule.timeouts,
             session.config.udp_connectdst,
         )
+        udp.budget = session.make_budget(self.rule)
         session.describe_io = lambda: f"udp: {udp.client} {udp.local}: {len(udp.paths)} families"
         try:
             reason = udp.run()
