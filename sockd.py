@@ -31,12 +31,13 @@ Contents.  Code names only what stands above it; up to 6 nothing touches the wor
     11. Authentication   who is this: passwords, PAM, ident
     12. Shared counts    what all workers count together: sessions
     13. Relay            bytes and datagrams between two sides
-    14. Session          one client, from accept to its request
-    15. Requests         CONNECT, BIND and UDP ASSOCIATE
-    16. HTTP             clients that speak HTTP on the same port
-    17. Processes        worker, resolver, warden
-    18. Mother           listeners, children, signals, reload
-    19. Command line     options and exit status
+    14. Upstreams        the way to a target through other proxies
+    15. Session          one client, from accept to its request
+    16. Requests         CONNECT, BIND and UDP ASSOCIATE
+    17. HTTP             clients that speak HTTP on the same port
+    18. Processes        worker, resolver, warden
+    19. Mother           listeners, children, signals, reload
+    20. Command line     options and exit status
 
 Words: a *client* asks us for a *target*; *internal* is our side towards clients, *external* that
 towards targets; a *rule* gives a *verdict*, pass or block; an *endpoint* is an address with a port.
@@ -56,6 +57,8 @@ import gc
 import getopt
 import grp
 import importlib
+import itertools
+import math
 import os
 import pwd
 import re
@@ -64,6 +67,7 @@ import select
 import selectors
 import signal
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -353,19 +357,38 @@ class Rule(NamedTuple):
     error_logs: tuple[ErrorLog, ...] = ()
 
 
-class Route(NamedTuple):
-    """One `route` object.  `via` is "direct" or a proxy; `via_endpoint` is None for direct."""
+class Credentials(NamedTuple):
+    """What we log in to an upstream with.  Its spelling shows neither part."""
 
-    number: int
+    user: str
+    password: bytes
+
+    def __repr__(self) -> str:
+        return "Credentials(...)"
+
+
+class Hop(NamedTuple):
+    """One `via` of a route: proxies of which any will do, and how they are spoken to."""
+
+    upstreams: tuple[Endpoint, ...]
+    proxyprotocols: tuple[str, ...] = ("socks_v4", "socks_v5")
+    methods: tuple[str, ...] = ("none",)
+    credentials_file: str = ""  # ours; "": the client's own name and password are passed on
+    credentials: Credentials | None = None  # what that file holds, filled in after parsing
+
+
+class Route(NamedTuple):
+    """One `route` object.  `hops` are the proxies to go through, the nearest first; () is direct."""
+
+    number: int  # 0: made up for connections to the proxies themselves
     source: RuleAddress
     target: RuleAddress
-    via: str
-    via_endpoint: Endpoint | None = None
+    hops: tuple[Hop, ...] = ()
     position: Position | None = None
     commands: frozenset[str] = frozenset({"connect"})
     protocols: frozenset[str] = frozenset({"tcp"})
-    proxyprotocols: tuple[str, ...] = ("socks_v4", "socks_v5")
-    methods: tuple[str, ...] = ("none",)
+    balance: str = "order"  # ours: order, random, roundrobin or fewest
+    resolve: str = "both"  # ours: here, there or both
     redirect: Redirect | None = None
     gssapi: Gssapi = Gssapi()
     extension_bind: bool = False
@@ -659,8 +682,6 @@ UNSUPPORTED = {
     "internal.log.": NOT_YET,
     "method: gssapi": NOT_YET,
     "monitor": NOT_YET,
-    "route": NOT_YET,
-    "route.": NOT_YET,
     "socksmethod: gssapi": NOT_YET,
     "bsdauth.stylename": NEEDS_OPENBSD,
     "hostid": NEEDS_HOSTID,
@@ -860,6 +881,12 @@ def parse_number(parser: Parser, low: int, high: int) -> int:
         found = parser.scanner.next_token()
         raise Mistake(f"expected a number, not {describe_token(found)}", found)
     return check_range(parse_number_text(token), low, high, token)
+
+
+def parse_word(parser: Parser, word: str) -> bool:
+    """Take `word` if it comes next."""
+    found = parser.scanner.look(VALUE_WORD)
+    return found is not None and found.text == word and bool(parser.scanner.take(VALUE_WORD))
 
 
 def parse_pair(parser: Parser, high: int) -> tuple[int, int]:
@@ -1337,8 +1364,8 @@ def read_target(parser: Parser, keyword: Token) -> RuleAddress:
     return RuleAddress(kind, text, pack_address(endpoint), BITS[kind], port)
 
 
-def read_gateway(parser: Parser, keyword: Token) -> tuple[str, Endpoint | None]:
-    """Read the `via` of a route: what it says, and where the proxy is (port 0: not said)."""
+def parse_gateway(parser: Parser, keyword: Token) -> tuple[str, Endpoint | None]:
+    """Read one proxy of a route: what the file says, and where it is (port 0: not said)."""
     word = parser.scanner.look(URL)
     if word:
         raise Mistake("a URL is only for UPnP: the gateway must be an address or a name", word)
@@ -1353,6 +1380,29 @@ def read_gateway(parser: Parser, keyword: Token) -> tuple[str, Endpoint | None]:
     if word and parser.surroundings.interface_addresses(text) is not None:
         raise Mistake(f'"{shorten(text)}" is an interface: the gateway must be an address or a name', word)
     return text, read_endpoint(parser, keyword)
+
+
+HOP_FIELDS = ("proxyprotocols", "methods", "credentials_file")  # of a Hop, each set by a keyword
+MOST_HOPS = 8
+MOST_UPSTREAMS = 16  # of one hop
+
+
+def read_gateways(parser: Parser, keyword: Token) -> tuple[tuple[tuple[str, Endpoint | None], ...]]:
+    """Read a `via`: one proxy, or with ours, "or", several of which any will do.
+
+    What was set before belongs to the hops above, so it is put aside.
+    """
+    values = parser.draft.values
+    settings = {field: values.pop(field) for field in HOP_FIELDS if field in values}
+    values["sections"] = (*values.get("sections", ()), settings)
+    if len(values["sections"]) > MOST_HOPS:
+        raise Mistake(f"a route has at most {MOST_HOPS} hops", keyword)
+    gateways = [parse_gateway(parser, keyword)]
+    while parse_word(parser, "or"):
+        gateways.append(parse_gateway(parser, keyword))
+        if len(gateways) > MOST_UPSTREAMS:
+            raise Mistake(f'a "via" names at most {MOST_UPSTREAMS} proxies', keyword)
+    return (tuple(gateways),)
 
 
 FIRST_FREE_PORT = 1024  # those below need privileges
@@ -1649,12 +1699,6 @@ def read_tcp_log(parser: Parser, keyword: Token) -> tuple[ErrorLog, ...]:
 def find_sides(keyword: Token) -> tuple[str, ...]:
     side = keyword.text.partition(".")[0]
     return ("internal", "external") if side == "alarm" else (side,)
-
-
-def parse_word(parser: Parser, word: str) -> bool:
-    """Take `word` if it comes next."""
-    found = parser.scanner.look(VALUE_WORD)
-    return found is not None and found.text == word and bool(parser.scanner.take(VALUE_WORD))
 
 
 def read_data_alarm(parser: Parser, keyword: Token) -> tuple[tuple[Alarm, Token], ...]:
@@ -1985,7 +2029,7 @@ RULE_KEYWORDS = (
     Keyword("from", IN_RULES | IN_ROUTE | IN_MONITOR, "where it comes from",
             read_pattern, ("source",)),
     Keyword("to", IN_RULES | IN_ROUTE | IN_MONITOR, "where it goes to", read_pattern, ("target",)),
-    Keyword("via", IN_ROUTE, "the proxy, or direct", read_gateway, ("gateway",)),
+    Keyword("via", IN_ROUTE, "the proxy, or direct", read_gateways, ("gateways",), "list"),
     Keyword("command", IN_SOCKS | IN_MONITOR | IN_ROUTE, "commands to match",
             some_of(*COMMANDS), ("commands",), "set"),
     Keyword("protocol", IN_SOCKS | IN_MONITOR | IN_ROUTE, "protocols to match",
@@ -1998,6 +2042,12 @@ RULE_KEYWORDS = (
             read_methods, ("socksmethods",), "reset"),
     Keyword("method", IN_ROUTE, "how to authenticate to the proxy",
             read_route_methods, ("methods",), "list"),
+    Keyword("credentials", IN_ROUTE, "file with user:password to log in to the proxy with",
+            read_file, ("credentials_file",)),
+    Keyword("balance", IN_ROUTE, "which of several proxies comes first",
+            one_of("order", "random", "roundrobin", "fewest"), ("balance",)),
+    Keyword("resolve", IN_ROUTE, "who resolves the names of targets",
+            one_of("here", "there", "both"), ("resolve",)),
     Keyword("user", IN_RULES, "users to match", read_names, ("users",), "list"),
     Keyword("group", IN_RULES, "groups of users to match", read_names, ("groups",), "list"),
     Keyword("log", IN_RULES, "what to log",
@@ -2278,7 +2328,7 @@ def describe_object(draft: Draft) -> str:
 def check_address_order(parser: Parser, name: str, word: Token) -> None:
     """Insist on from, to and via, each once, in this order, with nothing between them."""
     draft = parser.draft
-    if name in ("from", "to", "via") and name in draft.places:
+    if name in ("from", "to") and name in draft.places:
         raise Mistake(f'there are two "{name}" in this {describe_object(draft)}', word)
     wanted = FOLLOWS.get(draft.last, "")
     if wanted == "via" and draft.context != "route":
@@ -2726,12 +2776,22 @@ def finish_monitor(parser: Parser, draft: Draft, number: int) -> Monitor:
 
 # ---- routes
 
+# What can be asked of a proxy (SOCKS 4; RFC 1928 section 4; RFC 9110 section 9.3.6).
+COMMANDS_OF_PROXY = {
+    "socks_v4": frozenset({"connect", "bind"}),
+    "socks_v5": frozenset({"connect", "bind"}),
+    "http": frozenset({"connect"}),
+    "upnp": frozenset({"connect"}),
+}
+MOST_PATHS = 64  # that one route can stand for
+
 
 def check_route_addresses(parser: Parser, draft: Draft, is_direct: bool) -> None:
     if draft.values["source"].kind == "interface":
         parser.error("a route cannot be from an interface", draft.places["from"], "write its network")
-    if is_direct and "proxyprotocol" in draft.places:
-        parser.error("a direct route has no proxyprotocol", draft.places["proxyprotocol"])
+    for name in ("proxyprotocol", "credentials", "balance", "resolve"):
+        if is_direct and name in draft.places:
+            parser.error(f"a direct route has no {name}", draft.places[name])
 
 
 def check_forwarded_password(parser: Parser, draft: Draft, protocols: frozenset[str]) -> None:
@@ -2753,47 +2813,92 @@ def check_forwarded_password(parser: Parser, draft: Draft, protocols: frozenset[
     parser.complain("notice", "this route hands the user names and passwords of clients to the proxy", token)
 
 
-def check_proxy(parser: Parser, draft: Draft, route: Route) -> None:
-    """Check that a proxy can do what is asked of it."""
-    protocols = frozenset(route.proxyprotocols)
+def check_hop(parser: Parser, draft: Draft, hop: Hop) -> None:
+    """Check that the proxies of a hop can be spoken to as the file says."""
+    protocols = frozenset(hop.proxyprotocols)
     if protocols & {"socks_v4", "socks_v5"} and protocols & {"http", "upnp"}:
         parser.error(
             "socks and other proxyprotocols cannot be mixed",
             draft.places["proxyprotocol"],
             "write one route for each",
         )
-    if ("upnp" in protocols) != (route.via == "broadcast"):
+    if ("upnp" in protocols) == bool(hop.upstreams):
         parser.error("upnp goes with a gateway found by broadcast, and with no other", draft.places["via"])
-    if route.commands != {"connect"}:
-        parser.error(
-            "a proxy is only asked to connect",
-            draft.places["command"],
-            'write a route "via: direct" for other commands',
-        )
-    if "username" in route.methods:
+    if "username" in hop.methods and not hop.credentials_file:
         check_forwarded_password(parser, draft, protocols)
+
+
+def check_route_commands(parser: Parser, draft: Draft, route: Route) -> None:
+    """Check that the last hop can do what is asked of it, and each hop of a UDP path."""
+    # Unlike Dante: it only ever asks a proxy to connect.
+    able = frozenset().union(*(COMMANDS_OF_PROXY[name] for name in route.hops[-1].proxyprotocols))
+    if any("socks_v5" not in hop.proxyprotocols for hop in route.hops):
+        able -= {"udpassociate"}
+    unable = sorted(route.commands - able - REPLY_COMMANDS)
+    if unable:
+        named = describe_words(route.hops[-1].proxyprotocols)
+        hint = 'write a route "via: direct" for other commands'
+        parser.error(f"this cannot be asked of {named}: {' '.join(unable)}", draft.places["command"], hint)
+    if math.prod(len(hop.upstreams) * len(hop.proxyprotocols) for hop in route.hops) > MOST_PATHS:
+        parser.error(f"this route stands for more than {MOST_PATHS} paths", draft.places["via"])
+
+
+def finish_hop(gateways: tuple[tuple[str, Endpoint | None], ...], settings: dict[str, Any]) -> Hop:
+    """Build a hop and fill in what the file leaves out."""
+    protocols = settings.pop("proxyprotocols", DEFAULT_PROXYPROTOCOLS)
+    # Whoever gives a password wants to be asked for it.
+    methods = settings.pop("methods", ("username",) if "credentials_file" in settings else ("none",))
+    port = HTTP_PORT if protocols == {"http"} else SOCKS_PORT
+    upstreams = tuple(e if e.port else e._replace(port=port) for _, e in gateways if e)
+    ordered = tuple(name for name in PROXY_PROTOCOLS if name in protocols)
+    return Hop(upstreams, ordered, methods, **settings)
+
+
+def merge_settings(above: dict[str, Any], below: dict[str, Any]) -> dict[str, Any]:
+    """Join what stands above the only `via` of a route with what stands below it."""
+    both = {**above, **below}
+    if "proxyprotocols" in both:
+        both["proxyprotocols"] = above.get("proxyprotocols", frozenset()) | both["proxyprotocols"]
+    if "methods" in above and "methods" in below:
+        both["methods"] = above["methods"] + below["methods"]
+    return both
+
+
+def finish_hops(parser: Parser, draft: Draft, values: dict[str, Any]) -> tuple[Hop, ...]:
+    """Build the hops of a route; what stands above the first `via` counts for each that says nothing."""
+    gateways = values.pop("gateways")
+    last = {field: values.pop(field) for field in HOP_FIELDS if field in values}
+    sections: list[dict[str, Any]] = [*values.pop("sections"), last]
+    common, settings = sections[0], sections[1:]
+    names = [name for alternatives in gateways for name, _ in alternatives]
+    if len(names) > 1 and not {"direct", "broadcast"}.isdisjoint(names):
+        parser.error("direct or broadcast cannot stand beside another gateway", draft.places["via"])
+        return ()
+    if names == ["direct"]:
+        return ()
+    if len(gateways) == 1:
+        return (finish_hop(gateways[0], merge_settings(common, settings[0])),)
+    return tuple(
+        finish_hop(alternatives, {**common, **own})
+        for alternatives, own in zip(gateways, settings, strict=True)
+    )
 
 
 def finish_route(parser: Parser, draft: Draft, number: int) -> Route:
     """Build a route, fill in what it leaves out and check it."""
     values = draft.plain()
-    gateway, endpoint = values.pop("gateway")
-    protocols = values.pop("proxyprotocols", None)
-    is_direct = gateway == "direct"
-    check_route_addresses(parser, draft, is_direct)
-    if endpoint and not endpoint.port:
-        port = HTTP_PORT if protocols == {"http"} else SOCKS_PORT
-        endpoint = endpoint._replace(port=port)
-    named = DEFAULT_PROXYPROTOCOLS if protocols is None else protocols
-    values["proxyprotocols"] = tuple(name for name in PROXY_PROTOCOLS if name in named)
-    values.setdefault("protocols", frozenset({"tcp", "udp"} if is_direct else {"tcp"}))
+    hops = finish_hops(parser, draft, values)
+    check_route_addresses(parser, draft, not hops)
+    asks_udp = not hops or "udpassociate" in values.get("commands", ())
+    values.setdefault("protocols", frozenset({"tcp", "udp"} if asks_udp else {"tcp"}))
     values["extension_bind"] = "bind" in values.pop("extension", ())
     values["redirect"] = finish_redirect(draft)
     values["gssapi"] = Gssapi(**draft.group("gssapi"))
-    values["socket_options"] = fill_options(parser, draft)
-    route = Route(number, via=gateway, via_endpoint=endpoint, position=draft.position, **values)
-    if not is_direct:
-        check_proxy(parser, draft, route)
+    route = Route(number, hops=hops, position=draft.position, **values)
+    for hop in hops:
+        check_hop(parser, draft, hop)
+    if hops:
+        check_route_commands(parser, draft, route)
     return route
 
 
@@ -3242,6 +3347,101 @@ def sieve_rules(sieves: Sequence[Sieve], source: Endpoint, target: Endpoint | No
     ]
 
 
+# What can be known of a name that is not resolved here: nothing that these compare.
+HIDDEN_KINDS = frozenset({"ipv4", "ipv6", "interface", "host"})
+
+
+def is_unresolved(facts: Facts) -> bool:
+    """Tell whether the target is a name that only an upstream will resolve."""
+    return facts.target is not None and facts.target.family == 0 and not facts.addresses
+
+
+def could_be_meant(rule: Rule, target: Endpoint) -> bool:
+    """Tell whether a rule blocks addresses of which an unresolved name may have one."""
+    return (
+        rule.verdict == "block"
+        and rule.target.kind in HIDDEN_KINDS
+        and match_port(rule.target.port, target.port)
+    )
+
+
+class Step(NamedTuple):
+    """One upstream on a path, and how it is spoken to."""
+
+    upstream: Endpoint
+    protocol: str  # one of PROXY_PROTOCOLS
+    hop: Hop
+
+
+class Path(NamedTuple):
+    """One way to a target that a route allows: the upstreams to pass through, the nearest first.
+
+    No steps: direct.  `addresses` are those of the target's that the route is for; () where only the last
+    upstream will resolve its name.
+    """
+
+    route: Route
+    steps: tuple[Step, ...] = ()
+    addresses: tuple[Endpoint, ...] = ()
+
+
+DIRECT = Route(0, EVERYWHERE, EVERYWHERE, commands=frozenset(COMMANDS), protocols=frozenset({"tcp", "udp"}))
+PATH_ORDER = {"socks_v4": 1, "socks_v5": 2, "http": 3, "upnp": 4}
+
+
+def path_order(path: Path) -> int:
+    """As Dante: direct routes come first, then those by socks_v4, socks_v5 and http."""
+    return PATH_ORDER[path.steps[-1].protocol] if path.steps else 0
+
+
+def expand_route(route: Route) -> list[Path]:
+    """Return all paths that a route stands for, in the order in which they are to be tried."""
+    choices = [
+        [Step(upstream, protocol, hop) for protocol in hop.proxyprotocols for upstream in hop.upstreams]
+        for hop in route.hops
+    ]
+    return [Path(route, steps) for steps in itertools.product(*choices)]
+
+
+def route_to_upstream(upstream: Endpoint) -> Path:
+    """Return the route that leads a client to a proxy itself.  As Dante: that is direct."""
+    kind = FAMILY_NAMES[upstream.family]
+    port = PortTest("eq", upstream.port, upstream.port)
+    target = RuleAddress(kind, upstream.host, pack_address(upstream), BITS[kind], port)
+    return Path(DIRECT._replace(target=target, commands=frozenset({"connect"})))
+
+
+def expand_routes(routes: Iterable[Route]) -> tuple[Path, ...]:
+    """Return the paths of a configuration; none where it has no route, which means direct."""
+    paths = [path for route in routes for path in expand_route(route)]
+    nearest = dict.fromkeys(path.steps[0].upstream for path in paths if path.steps)
+    own = [route_to_upstream(upstream) for upstream in nearest if upstream.family]
+    return tuple(sorted(own + paths, key=path_order))
+
+
+def can_log_in(step: Step, identity: Identity) -> bool:
+    """Tell whether a client of this identity can be announced to an upstream as its route wants it."""
+    methods = step.hop.methods
+    if "none" in methods or step.hop.credentials is not None:
+        return True
+    return "username" in methods and identity.method == "username"
+
+
+def can_carry(path: Path, command: str, target: Endpoint | None) -> bool:
+    """Tell whether the protocols of a path have a command, and can express a target."""
+    if not path.steps:
+        return target is None or target.family != 0 or bool(path.addresses)
+    if command == "udpassociate":
+        return all(step.protocol == "socks_v5" for step in path.steps)
+    if command not in COMMANDS_OF_PROXY[path.steps[-1].protocol]:
+        return False
+    hidden = target is not None and target.family == 0 and not path.addresses
+    if hidden:
+        return path.route.resolve != "here"
+    speaks_ipv4 = path.steps[-1].protocol == "socks_v4"
+    return not speaks_ipv4 or not path.addresses or any(a.family == 4 for a in path.addresses)
+
+
 class Policy:
     """The rules of a configuration, ready to be asked.  Never changes."""
 
@@ -3254,6 +3454,7 @@ class Policy:
         )
         self.fake = config.resolveprotocol == "fake"
         self.checks_replies = "checkreplyauth" in config.srchost
+        self.paths = expand_routes(config.routes)
 
     def _sieve(self, rule: Rule) -> Sieve:
         return Sieve(rule, *sieve_pattern(rule.source), *sieve_pattern(rule.target))
@@ -3284,24 +3485,42 @@ class Policy:
         if self.fake:
             judged, lookup = facts._replace(addresses=()), NO_LOOKUP
         for rule in sieve_rules(self.socks_sieves, facts.source, facts.target):
-            addresses = self._match_request(rule, judged, lookup)
+            addresses, reason = self._match_request(rule, judged, facts, lookup)
             if addresses is None:
                 continue
             method = match_identity(rule, facts, self.checks_replies, lookup)
             if method is not None:
-                return Decision(rule.verdict, rule, "", facts.addresses if self.fake else addresses, method)
+                used = facts.addresses if self.fake else addresses
+                return Decision(rule.verdict, rule, reason, used, method)
         return Decision("block", FINAL_SOCKS_BLOCK, NO_RULE_MATCHED)
 
-    def _match_request(self, rule: Rule, facts: Facts, lookup: Lookup) -> tuple[Endpoint, ...] | None:
-        """match_target for a rule that fits in all but who the client is."""
+    def _match_target(
+        self, rule: Rule, judged: Facts, facts: Facts, lookup: Lookup
+    ) -> tuple[tuple[Endpoint, ...] | None, str]:
+        """match_target, and why a rule matches that could not be compared.
+
+        A name that we do not resolve could have any address, so a rule that blocks some blocks it too:
+        what is let through by name has to stand above it, by name.
+        """
+        addresses = match_target(rule, judged, lookup)
+        if addresses is None and self.paths and is_unresolved(facts):
+            assert facts.target is not None
+            if could_be_meant(rule, facts.target):
+                return (), f"the name is not resolved here, and could be of {rule.target.text}"
+        return addresses, ""
+
+    def _match_request(
+        self, rule: Rule, judged: Facts, facts: Facts, lookup: Lookup
+    ) -> tuple[tuple[Endpoint, ...] | None, str]:
+        """_match_target for a rule that fits in all but who the client is."""
         if (
             facts.command not in rule.commands
             or facts.protocol not in rule.protocols
             or facts.proxyprotocol not in rule.proxyprotocols
             or match_address(rule.source, facts.source, (), lookup) is None
         ):
-            return None
-        return match_target(rule, facts, lookup)
+            return None, ""
+        return self._match_target(rule, judged, facts, lookup)
 
     def wants_password(self, facts: Facts, lookup: Lookup) -> bool:
         """Tell whether a client that is refused, and has given no password, might pass with one."""
@@ -3310,13 +3529,39 @@ class Policy:
             judged, lookup = facts._replace(addresses=()), NO_LOOKUP
         for rule in sieve_rules(self.socks_sieves, facts.source, facts.target):
             by_password = any(2 in METHOD_BYTES.get(method, ()) for method in rule.socksmethods)
-            if not by_password or self._match_request(rule, judged, lookup) is None:
+            if not by_password or self._match_request(rule, judged, facts, lookup)[0] is None:
                 continue
             if rule.verdict == "pass":
                 return True
             if not needs_user(rule):
                 return False
         return False
+
+    def routes(self, facts: Facts, lookup: Lookup) -> tuple[Path, ...]:
+        """Return the paths by which a request may go, in the order in which they are to be tried.
+
+        Call it only where there are routes: without any, everything is direct.
+        """
+        found = []
+        for path in self.paths:
+            route = path.route
+            if facts.command not in route.commands or facts.protocol not in route.protocols:
+                continue
+            if match_address(route.source, facts.source, (), lookup) is None:
+                continue
+            addresses: tuple[Endpoint, ...] | None = ()
+            if facts.target is not None:
+                addresses = match_address(route.target, facts.target, facts.addresses, lookup)
+            if addresses is None:
+                continue
+            path = path._replace(addresses=addresses)
+            logs_in = all(can_log_in(step, facts.identity) for step in path.steps)
+            if logs_in and can_carry(path, facts.command, facts.target):
+                found.append(path)
+        if facts.target is not None and not facts.target.family:
+            # As Dante: socks_v4, which has no names, comes last for them.
+            found.sort(key=lambda path: bool(path.steps) and path.steps[-1].protocol == "socks_v4")
+        return tuple(found)
 
 
 def choose_method(methods: tuple[str, ...], offered: Iterable[int]) -> int:
@@ -3846,6 +4091,56 @@ def decode_udp(datagram: Octets) -> tuple[Endpoint, int]:
 def encode_udp_header(source: Endpoint) -> bytes:
     """Encode the header of a datagram that came from `source`, or to a next hop goes there."""
     return b"\0\0\0" + encode_address(source)
+
+
+# CONNECT HOST:PORT HTTP/1.0   (RFC 9110 section 9.3.6; to an upstream)
+
+HTTP_HEAD_MAX = 16384  # bytes of an answer up to its blank line
+HTTP_HOST = re.compile(r"[A-Za-z0-9._-]+")
+HTTP_STATUS = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?:[ \t][^\r\n]*)?\r?\n")
+HTTP_END = re.compile(rb"\r?\n\r?\n")
+
+
+class HttpAnswer(NamedTuple):
+    """What an upstream says to CONNECT: its status, and the line with it for the log."""
+
+    status: int
+    line: str
+
+
+def encode_http_connect(target: Endpoint, credentials: Credentials | None) -> bytes:
+    """Encode a request for a tunnel; Refused for a name that could end or forge a header."""
+    host = f"[{target.host.partition('%')[0]}]" if target.family == 6 else target.host
+    if not target.family and not HTTP_HOST.fullmatch(host):
+        text = f"http cannot carry a request for {escape_text(str(target))}"
+        raise Refused(text, Reply.ADDRESS_TYPE_NOT_SUPPORTED)
+    lines = [f"CONNECT {host}:{target.port} HTTP/1.0", f"Host: {host}:{target.port}"]
+    if credentials is not None:
+        pair = credentials.user.encode(WIRE_TEXT) + b":" + credentials.password
+        encoded = binascii.b2a_base64(pair, newline=False).decode("ascii")
+        lines.append(f"Proxy-Authorization: Basic {encoded}")
+    return "\r\n".join([*lines, "", ""]).encode("ascii")
+
+
+def decode_http_answer(data: Octets) -> tuple[HttpAnswer, int] | None:
+    r"""Decode an upstream's answer up to its blank line; what follows belongs to the tunnel.
+
+    >>> decode_http_answer(b"HTTP/1.0 200 OK\r\n\r\nhello")
+    (HttpAnswer(status=200, line='HTTP/1.0 200 OK'), 19)
+    """
+    head = bytes(data[:HTTP_HEAD_MAX])
+    start = b"HTTP/1."
+    if not head.startswith(start[: len(head)]):
+        raise ProtocolError("the answer is not one of HTTP/1")
+    end = HTTP_END.search(head)
+    if end is None:
+        if len(head) == HTTP_HEAD_MAX:
+            raise ProtocolError(f"the head of the answer is longer than {HTTP_HEAD_MAX} bytes")
+        return None
+    found = HTTP_STATUS.match(head)
+    if found is None:
+        raise ProtocolError("the answer has no status")
+    return HttpAnswer(int(found[1]), escape_bytes(found[0].rstrip())[:NAME_MAX]), end.end()
 
 
 # ---- HTTP between a client and a target (RFC 9110, RFC 9112)
@@ -7049,7 +7344,440 @@ class UdpRelay:
         self.events.log_datagram(decision, packet, data)
 
 
-# ============================== 14. Session ==============================
+# ============================== 14. Upstreams ==============================
+# The way to a target through other proxies (sockd.conf(5), route): which of them to try, what is
+# said to each, and who is to blame when it leads nowhere.  An upstream is trusted no more than a
+# client: each of its messages is bounded, and each wait for one ends with timeout.connect.
+
+UPSTREAM_SECONDS = 60.0  # when timeout.connect is 0: who accepts a connection may still say nothing
+NO_ROUTE = "could not bind address to use on external side: no usable serverchain route to target found"
+NO_UPSTREAM_COMMAND = "command {} is not supported by serverchaining and no direct route found"
+LOGIN_BYTES = {"none": 0, "username": 2}
+HTTP_LOGIN_WANTED = 407  # RFC 9110 section 15.5.8
+
+# As Dante: what a client is told of an upstream's reply, and what the log says.
+UPSTREAM_REPLIES = {
+    Reply.FAILURE: (Reply.CONNECTION_REFUSED, "generic failure at remote proxy server"),
+    Reply.NOT_ALLOWED: (Reply.CONNECTION_REFUSED, "connection denied by proxy server"),
+    Reply.NETWORK_UNREACHABLE: (Reply.NETWORK_UNREACHABLE, "net unreachable by proxy server"),
+    Reply.HOST_UNREACHABLE: (Reply.HOST_UNREACHABLE, "target unreachable by proxy server"),
+    Reply.CONNECTION_REFUSED: (Reply.CONNECTION_REFUSED, "target refused connection by proxy server"),
+    Reply.TTL_EXPIRED: (Reply.TTL_EXPIRED, "connection to target from proxy server timed out"),
+    Reply.COMMAND_NOT_SUPPORTED: (Reply.CONNECTION_REFUSED, "command not supported by proxy server"),
+    Reply.ADDRESS_TYPE_NOT_SUPPORTED: (
+        Reply.CONNECTION_REFUSED,
+        "address format in the request we sent is not supported by the proxy server",
+    ),
+}
+
+
+class UpstreamRefused(Refused):
+    """An upstream has understood a request and says no."""
+
+
+class LoginRefused(SockdError):
+    """An upstream does not take us as who we say we are."""
+
+
+class PathFailed(SockdError):
+    """A path of upstreams does not lead to the target; `reply` is what the client is told.
+
+    `blamed` is the upstream at fault, with the protocol if that may be the fault.  `final`: the
+    last upstream has answered, so that another path would be told the same.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        reply: Reply = Reply.CONNECTION_REFUSED,
+        blamed: tuple[Endpoint, str] | None = None,
+        final: bool = False,
+    ) -> None:
+        super().__init__(text)
+        self.reply = reply
+        self.blamed = blamed
+        self.final = final
+        self.source = UNSPECIFIED  # our end of the connection to the first upstream
+
+    def excludes(self, path: Path) -> bool:
+        """Tell whether another path would meet the same fault."""
+        if self.blamed is None:
+            return False
+        upstream, protocol = self.blamed
+        return any(
+            step.upstream == upstream and (not protocol or step.protocol == protocol) for step in path.steps
+        )
+
+
+class UpstreamStream(Stream):
+    """A connection to an upstream, and through it to the next ones, until the last has answered."""
+
+    def __init__(self, connection: socket.socket, client: int) -> None:
+        super().__init__(connection)
+        self.client = client  # descriptor: a reset by the client ends all waiting
+        self.poller = select.poll()
+        self.poller.register(connection.fileno(), select.POLLIN)
+        self.poller.register(client, 0)
+
+    def read_more(self, deadline: float) -> None:
+        """Add what the upstream has sent to `pending`; PeerGone if the client has gone."""
+        events: list[tuple[int, int]] = []
+        while not events:
+            events = self.poller.poll(poll_milliseconds(deadline))
+            if not events and time.monotonic() >= deadline:
+                raise DeadlinePassed("no answer from proxy server in time")
+        if any(descriptor == self.client for descriptor, _ in events):
+            raise PeerGone("local client closed")
+        data = self.connection.recv(READ_BYTES)
+        if not data:
+            raise ProtocolError("premature eof from proxy server while waiting for response")
+        self.pending += data
+
+    def ask(self, message: bytes, decode: Callable[[bytearray], tuple[T, int] | None], deadline: float) -> T:
+        """Send a message and return its answer."""
+        self.send(message, deadline)
+        return self.read_message(decode, deadline)
+
+
+class Errand(NamedTuple):
+    """What the last upstream of a path is asked for, and for whom."""
+
+    command: str
+    target: Endpoint
+    addresses: tuple[Endpoint, ...] = ()  # all that the name in target resolved to
+    login: Credentials | None = None  # the client's own, for routes that pass them on
+
+    def target_by(self, path: Path) -> Endpoint:
+        """Return the target as it is named to the last upstream.
+
+        As Dante: by name where its protocol has names, though the rules have judged addresses.
+        Unlike Dante: not where a rule or the route is for some of them only.
+        """
+        if self.target.family or not path.addresses:
+            return self.target
+        speaks_ipv4 = path.steps[-1].protocol == "socks_v4"
+        if path.addresses == self.addresses and path.route.resolve != "here" and not speaks_ipv4:
+            return self.target
+        fitting = [a for a in path.addresses if a.family == 4 or not speaks_ipv4]
+        return fitting[0]._replace(port=self.target.port)
+
+
+class Way(NamedTuple):
+    """An open path: the connection to the first upstream, and what the last one has said."""
+
+    path: Path
+    connection: socket.socket
+    bound: Endpoint  # the upstream's address towards the target
+    stream: UpstreamStream  # pending: what has come behind the reply already
+
+    def describe(self, target: Endpoint) -> str:
+        """Return the far side for the log.  As Dante: LOCAL PROXY [BOUND] TARGET."""
+        local = endpoint_of(self.connection.getsockname(), self.connection.family)
+        proxies = " ".join(describe_endpoint(step.upstream) for step in self.path.steps)
+        return f"{local} {proxies} [{describe_endpoint(self.bound)}] {describe_endpoint(target)}"
+
+
+def log_in(stream: UpstreamStream, step: Step, login: Credentials | None, deadline: float) -> None:
+    """Agree with an upstream on a method of SOCKS 5, and log in if it asks for that; LoginRefused."""
+    credentials = step.hop.credentials or login
+    usable = ("none", "username") if credentials else ("none",)
+    offered = [LOGIN_BYTES[method] for method in step.hop.methods if method in usable]
+    method = stream.ask(encode_greeting(offered), decode_method, deadline)
+    if method == NO_ACCEPTABLE_METHOD:
+        raise LoginRefused("proxy server said we did not offer any acceptable authentication methods")
+    if method not in offered:
+        raise ProtocolError(f"proxy server selected method {method}, which we did not offer")
+    if credentials is None or method != LOGIN_BYTES["username"]:
+        return
+    message = encode_password(credentials.user, credentials.password)
+    if not stream.ask(message, decode_password_status, deadline):
+        raise LoginRefused("proxy server did not accept the user name and password")
+
+
+def decode_upstream_reply(data: bytearray) -> tuple[tuple[Reply, Endpoint], int] | None:
+    """decode_reply for an upstream: a name in the place of its address is not taken any further."""
+    found = decode_reply(data)
+    if found is None or found[0][1].family:
+        return found
+    (reply, bound), used = found
+    return (reply, UNSPECIFIED._replace(port=bound.port)), used
+
+
+def request_socks5(
+    stream: UpstreamStream, step: Step, command: str, target: Endpoint, end: float
+) -> Endpoint:
+    """Ask an upstream by SOCKS 5; return the address that it uses for it.  UpstreamRefused."""
+    request = Request(SOCKS5, command, target)
+    reply, bound = stream.ask(encode_request(request), decode_upstream_reply, end)
+    if reply != Reply.SUCCEEDED:
+        told, text = UPSTREAM_REPLIES[reply]
+        raise UpstreamRefused(text, told)
+    return bound
+
+
+def request_socks4(
+    stream: UpstreamStream, step: Step, command: str, target: Endpoint, end: float
+) -> Endpoint:
+    """request_socks5 by SOCKS 4, or 4A for a name."""
+    # As Dante: the user id is empty unless the route names one.
+    user = step.hop.credentials.user if step.hop.credentials else ""
+    request = Request(SOCKS4, command, target, user)
+    granted, bound = stream.ask(encode_request4(request), decode_reply4, end)
+    if not granted:
+        raise UpstreamRefused("generic proxy server failure", Reply.CONNECTION_REFUSED)
+    return bound
+
+
+def request_http(stream: UpstreamStream, step: Step, command: str, target: Endpoint, end: float) -> Endpoint:
+    """request_socks5 by HTTP CONNECT, whose answers name no address: ours stands for it."""
+    answer = stream.ask(encode_http_connect(target, step.hop.credentials), decode_http_answer, end)
+    # Unlike Dante, for which only 200 is a success: RFC 9110 section 9.3.6.
+    if not 200 <= answer.status < 300:
+        text = f'response code {answer.status} from http server indicates failure: "{answer.line}"'
+        if answer.status == HTTP_LOGIN_WANTED:
+            raise LoginRefused(text)
+        raise UpstreamRefused(text, Reply.CONNECTION_REFUSED)
+    return endpoint_of(stream.connection.getsockname(), stream.connection.family)
+
+
+UPSTREAM_REQUESTS = {"socks_v4": request_socks4, "socks_v5": request_socks5, "http": request_http}
+
+
+def describe_fault(error: Exception) -> str:
+    """Return what went wrong with an upstream."""
+    if isinstance(error, OSError):
+        return f"connection to proxy server failed: {error.strerror}"
+    return str(error)
+
+
+class Walk:
+    """One attempt to go a path, step by step.  Owned by its session's thread."""
+
+    def __init__(self, path: Path, errand: Errand, stream: UpstreamStream, share: float, end: float) -> None:
+        self.path = path
+        self.errand = errand
+        self.stream = stream
+        self.share = share  # until then each upstream must have shown that it lives
+        self.end = end  # until then the last one may take for the target
+
+    def run(self) -> Endpoint:
+        """Return the address that the last upstream uses; PathFailed, PeerGone."""
+        bound = UNSPECIFIED
+        for number, step in enumerate(self.path.steps):
+            self._log_in(step)
+            bound = self._request(number, step)
+        return bound
+
+    def _log_in(self, step: Step) -> None:
+        blamed = (step.upstream, step.protocol)
+        try:
+            if step.protocol == "socks_v5":
+                log_in(self.stream, step, self.errand.login, self.share)
+        except LoginRefused as refusal:
+            raise PathFailed(str(refusal), blamed=self._blame_for_login(step)) from None
+        except (DeadlinePassed, ProtocolError, OSError) as error:
+            raise PathFailed(describe_fault(error), blamed=blamed) from None
+
+    def _blame_for_login(self, step: Step) -> tuple[Endpoint, str] | None:
+        # A client with a wrong password must not close the route for everybody.
+        depends_on_client = "username" in step.hop.methods and step.hop.credentials is None
+        return None if depends_on_client else (step.upstream, step.protocol)
+
+    def _request(self, number: int, step: Step) -> Endpoint:
+        is_last = number == len(self.path.steps) - 1
+        command, target = self.errand.command, self.errand.target_by(self.path)
+        after = None  # the one to blame if this upstream does not get to it
+        if not is_last:
+            command, target = "connect", self.path.steps[number + 1].upstream
+            after = (target, "")
+        # By SOCKS 5 the upstream has shown that it lives: the time it takes is the target's.
+        end = self.end if is_last and step.protocol == "socks_v5" else self.share
+        try:
+            return UPSTREAM_REQUESTS[step.protocol](self.stream, step, command, target, end)
+        except UpstreamRefused as refusal:
+            if is_last:
+                raise PathFailed(str(refusal), refusal.reply, final=True) from None
+            raise PathFailed(f"{step.upstream} to {target}: {refusal}", blamed=after) from None
+        except LoginRefused as refusal:
+            raise PathFailed(str(refusal), blamed=self._blame_for_login(step)) from None
+        except Refused as refusal:
+            raise PathFailed(str(refusal), refusal.reply) from None
+        except DeadlinePassed as late:
+            # Unlike Dante: a target that does not answer is not the last upstream's fault.
+            raise PathFailed(str(late), Reply.TTL_EXPIRED, after) from None
+        except (ProtocolError, OSError) as error:
+            raise PathFailed(describe_fault(error), blamed=(step.upstream, step.protocol)) from None
+
+
+def decode_second_reply(version: int) -> Callable[[bytearray], tuple[tuple[Reply, Endpoint], int] | None]:
+    """Return the decoder of the reply that names the peer of a BIND."""
+    if version == SOCKS5:
+        return decode_upstream_reply
+
+    def decode(data: bytearray) -> tuple[tuple[Reply, Endpoint], int] | None:
+        found = decode_reply4(data)
+        if found is None:
+            return None
+        (granted, peer), used = found
+        return (Reply.SUCCEEDED if granted else Reply.FAILURE, peer), used
+
+    return decode
+
+
+class Upstreams:
+    """What a worker knows of its upstreams: failures, sessions, whose turn it is.
+
+    Shared by all threads; the lock is held over no call that waits.
+    """
+
+    def __init__(self, config: Config, log: Log) -> None:
+        self.most_failures = config.route_maxfail
+        self.bad_seconds = config.route_badexpire or NO_DEADLINE
+        self.log = log
+        self.lock = threading.Lock()
+        self.failures: dict[tuple[int, Endpoint, str], tuple[int, float]] = {}  # how many, and the last
+        self.sessions: dict[Endpoint, int] = {}
+        self.turns: dict[int, int] = {}  # by route
+
+    def arrange(self, paths: Iterable[Path]) -> list[Path]:
+        """Return the paths that are not bad, each route's in the order of its `balance`."""
+        arranged: list[Path] = []
+        with self.lock:
+            for route, group in itertools.groupby(paths, lambda path: path.route):
+                arranged += self._balance(route, [path for path in group if not self._is_bad(path)])
+        return arranged
+
+    def _balance(self, route: Route, paths: list[Path]) -> list[Path]:
+        if route.balance == "random":
+            return sorted(paths, key=lambda _: os.urandom(4))
+        if route.balance == "fewest":
+            return sorted(paths, key=lambda path: sum(self.sessions.get(s.upstream, 0) for s in path.steps))
+        if route.balance == "roundrobin" and paths:
+            turn = self.turns[route.number] = self.turns.get(route.number, -1) + 1
+            start = turn % len(paths)
+            return paths[start:] + paths[:start]
+        return paths
+
+    def _is_bad(self, path: Path) -> bool:
+        return bool(self.failures) and any(
+            self._has_failed((path.route.number, step.upstream, protocol))
+            for step in path.steps
+            for protocol in ("", step.protocol)
+        )
+
+    def _has_failed(self, key: tuple[int, Endpoint, str]) -> bool:
+        """Tell whether an upstream is avoided; one whose time is over starts afresh."""
+        count, last = self.failures.get(key, (0, 0.0))
+        if not self.most_failures or count < self.most_failures:
+            return False
+        if time.monotonic() < last + self.bad_seconds:
+            return True
+        del self.failures[key]
+        self.log.write("info", f"route #{key[0]} through {describe_endpoint(key[1])} is tried again")
+        return False
+
+    def note_failure(self, path: Path, failure: PathFailed) -> None:
+        """Remember who is to blame for a failure, and log it."""
+        if failure.blamed is None:
+            return
+        upstream, number = describe_endpoint(failure.blamed[0]), path.route.number
+        self.log.write("warning", f"failed to connect route #{number} to {upstream}: {failure}")
+        if not self.most_failures:
+            return
+        key = (number, *failure.blamed)
+        with self.lock:
+            count = self.failures.get(key, (0, 0.0))[0] + 1
+            self.failures[key] = count, time.monotonic()
+        if count == self.most_failures:
+            text = f"blacklisting route #{number} through {upstream}.  Reason: {failure}"
+            self.log.write("info", text)
+
+    def enter(self, path: Path) -> None:
+        """Count a session that goes by a path, whose upstreams have therefore not failed."""
+        with self.lock:
+            for step in path.steps:
+                self.sessions[step.upstream] = self.sessions.get(step.upstream, 0) + 1
+                for protocol in ("", step.protocol) if self.failures else ():
+                    self.failures.pop((path.route.number, step.upstream, protocol), None)
+
+    def leave(self, path: Path) -> None:
+        """Count a session less."""
+        with self.lock:
+            for step in path.steps:
+                self.sessions[step.upstream] -= 1
+
+
+def describe_chain_failure(failure: PathFailed) -> str:
+    """Return in Dante's words why a session has got no way through upstreams."""
+    return str(failure) if str(failure) == NO_ROUTE else f"serverchain failed: {failure}"
+
+
+# Connects to the first upstream of a path until a deadline; ConnectFailed, ConnectTimeout, Refused, OSError.
+Dial = Callable[[Path, float], socket.socket]
+
+
+def dial_upstream(path: Path, dial: Dial, deadline: float) -> socket.socket:
+    """Return the connection to the first upstream of a path; PathFailed, PeerGone."""
+    text = "could not connect to upstream proxyserver: "
+    blamed = (path.steps[0].upstream, "")
+    try:
+        return dial(path, deadline)
+    except (ConnectFailed, ConnectTimeout) as failure:
+        reply = Reply.TTL_EXPIRED if isinstance(failure, ConnectTimeout) else Reply.CONNECTION_REFUSED
+        path_failure = PathFailed(f"{text}{failure}", reply, blamed)
+        path_failure.source = failure.source
+        raise path_failure from None
+    except Refused as refusal:
+        raise PathFailed(f"{text}{refusal}", refusal.reply) from None
+    except OSError as error:
+        # No descriptor, no memory: not the upstream's fault.
+        raise PathFailed(f"{text}{error.strerror}", Reply.FAILURE) from None
+
+
+def go_path(path: Path, errand: Errand, dial: Dial, client: int, share: float, end: float) -> Way:
+    """Return a path that has been opened; PathFailed, PeerGone."""
+    connection = dial_upstream(path, dial, share)
+    try:
+        stream = UpstreamStream(connection, client)
+        bound = Walk(path, errand, stream, share, end).run()
+        return Way(path, connection, bound, stream)
+    except BaseException as error:
+        if isinstance(error, PathFailed):
+            error.source = endpoint_of(connection.getsockname(), connection.family)
+        connection.close()
+        raise
+
+
+def open_path(
+    upstreams: Upstreams, paths: Iterable[Path], errand: Errand, dial: Dial, client: int, seconds: float
+) -> Way:
+    """Return the first path that opens within so many seconds; PathFailed, PeerGone.
+
+    Each path gets an equal share of the time that is left, so that a dead upstream does not use up
+    that of the next.  The caller owes `upstreams.leave(way.path)`.
+    """
+    end = time.monotonic() + (seconds or UPSTREAM_SECONDS)
+    failure = PathFailed(NO_ROUTE, Reply.NETWORK_UNREACHABLE)
+    left = upstreams.arrange(paths)
+    while left and time.monotonic() < end:
+        path, *left = left
+        now = time.monotonic()
+        ways = {tuple(step.upstream for step in other.steps) for other in (path, *left)}
+        try:
+            way = go_path(path, errand, dial, client, now + (end - now) / len(ways), end)
+        except PathFailed as fault:
+            failure = fault
+            upstreams.note_failure(path, fault)
+            if fault.final:
+                break
+            left = [other for other in left if not fault.excludes(other)]
+        else:
+            upstreams.enter(path)
+            return way
+    raise failure
+
+
+# ============================== 15. Session ==============================
 # One client from accept to its request, in a thread of its own.  SessionLog spells the records,
 # SessionLookup asks the resolver, Session admits, negotiates and holds what the requests share.
 
@@ -7070,6 +7798,7 @@ class Serving(NamedTuple):
     warden: Channel
     keepalive: bool = True
     counts: Counts | None = None  # None: no rule limits its sessions
+    upstreams: Upstreams | None = None  # None: there is no route
 
 
 class SessionLookup:
@@ -7298,6 +8027,7 @@ class Session:
         self.budget: Budget | None = None
         self.admitted: Place | None = None  # held of the client-rule's session limits
         self.places: list[Place] = []  # held of those of socks-rules
+        self.paths: list[Path] = []  # through upstreams, under way
 
     # --- the phases ---
 
@@ -7585,11 +8315,15 @@ class Session:
         self.leave_requests()
 
     def leave_requests(self) -> None:
-        """Give back what requests that are over hold of the limits of their socks-rules."""
+        """Give back what requests that are over hold of limits, and in the balance of upstreams."""
         held, self.places = self.places, []
         for place in held:
             if self.serving.counts is not None:
                 self.serving.counts.leave(place)
+        taken, self.paths = self.paths, []
+        for path in taken:
+            if self.serving.upstreams is not None:
+                self.serving.upstreams.leave(path)
 
     def facts(self, command: str, target: Endpoint | None, addresses: tuple[Endpoint, ...] = ()) -> Facts:
         """Return the facts of this client's request."""
@@ -7612,9 +8346,11 @@ class Session:
         deadline = deadline_after(self.config.timeouts.negotiate)
         self.stream.send(encode_reply_for(self.request.version, reply, bound), deadline)
 
-    def open_external(self, rule: Rule, target: Endpoint) -> socket.socket:
+    def open_external(self, rule: Rule, target: Endpoint, route: Route = DIRECT) -> socket.socket:
         """Return a stream socket that is bound and ready to connect under a rule; Refused, OSError."""
         source = find_redirect(rule, self.client_rule, "connect").source
+        if route.redirect is not None:
+            source = route.redirect.source
         kept = self.client
         if self.request is not None and self.request.version == HTTP1:
             # One request after the other from the same port would meet what the last one left behind.
@@ -7623,6 +8359,8 @@ class Session:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(self.serving.keepalive))
         self.set_options(connection, rule, "external")
+        if route.socket_options:
+            self.set_options(connection, route, "external")
         return connection
 
     def open_from(
@@ -7672,6 +8410,76 @@ class Session:
             raise Refused(f'could not resolve hostname "{target.host}": {fault}', Reply.HOST_UNREACHABLE)
         return tuple(address._replace(port=target.port) for address in found)
 
+    # --- routes ---
+
+    def find_paths(
+        self, command: str, target: Endpoint | None, addresses: tuple[Endpoint, ...] = ()
+    ) -> tuple[Path, ...]:
+        """Return the paths that the routes allow for a request; without any route there are none."""
+        if self.serving.upstreams is None:
+            return ()
+        facts = self.facts(command, target, addresses)
+        found = self.serving.policy.routes(facts, self.lookup)
+        # A route that leads nowhere for want of an address of the family is no route.
+        families = external_families(self.config, self.lookup)
+        if target is None or target.family in (0, *families):
+            return found
+        return tuple(path for path in found if path.steps)
+
+    def resolve(self, command: str, target: Endpoint) -> tuple[Endpoint, ...]:
+        """Return the addresses of a named target, () where an upstream is to find them; Refused.
+
+        Unlike Dante: a name that we cannot resolve is left to an upstream, too, if there is one for it.
+        """
+        check_host_name(target.host)
+        paths = self.find_paths(command, target)
+        if paths and paths[0].route.resolve == "there":
+            return ()
+        found, fault = self.lookup.resolve(target.host)
+        if not found and not any(path.steps for path in paths):
+            text = f'could not resolve hostname "{escape_text(target.host)}": {fault}'
+            raise Refused(text, Reply.HOST_UNREACHABLE)
+        return tuple(address._replace(port=target.port) for address in found)
+
+    def dial(self, rule: Rule, path: Path, deadline: float) -> socket.socket:
+        """Return a connection to the first upstream of a path; see Dial."""
+        upstream = path.steps[0].upstream
+        addresses: tuple[Endpoint, ...] = (upstream,)
+        if not upstream.family:
+            found, fault = self.lookup.resolve(upstream.host)
+            if not found:
+                raise Refused(f'could not resolve "{upstream.host}": {fault}', Reply.HOST_UNREACHABLE)
+            addresses = tuple(address._replace(port=upstream.port) for address in found)
+
+        def open_for(address: Endpoint) -> socket.socket:
+            return self.open_external(rule, address, path.route)
+
+        return Race(addresses, open_for, self.connection.fileno(), deadline).run()
+
+    def open_way(
+        self,
+        rule: Rule,
+        paths: Iterable[Path],
+        command: str,
+        target: Endpoint,
+        addresses: tuple[Endpoint, ...] = (),
+    ) -> Way:
+        """Return an open path, which is closed at the session's end; PathFailed, PeerGone."""
+        assert self.serving.upstreams is not None
+        login = None
+        if self.identity.method == "username" and self.password is not None:
+            login = Credentials(self.identity.user, self.password)
+        way = open_path(
+            self.serving.upstreams,
+            (path for path in paths if path.steps),
+            Errand(command, target, addresses, login),
+            lambda path, deadline: self.dial(rule, path, deadline),
+            self.connection.fileno(),
+            rule.timeouts.connect,
+        )
+        self.paths.append(way.path)
+        return way
+
     def bind_privileged(self, source: Endpoint, kind: str) -> socket.socket | None:
         """Return a socket on a privileged port, or None where that is not configured or not to be had."""
         if "sameport" not in self.config.compatibility:
@@ -7688,13 +8496,13 @@ class Session:
         if rule.socket_options != self.config.socket_options:
             self.set_options(self.connection, rule, "internal")
 
-    def set_options(self, connection: socket.socket, rule: Rule, side: str) -> None:
+    def set_options(self, connection: socket.socket, rule: Rule | Route, side: str) -> None:
         """Set a rule's socket options; one that cannot be set is a warning."""
         for failure in set_options(connection, rule.socket_options, side):
             self.serving.log.write("warning", failure)
 
 
-# ============================== 15. Requests ==============================
+# ============================== 16. Requests ==============================
 # What a client can ask for: CONNECT, BIND and UDP ASSOCIATE, each a class with the steps that
 # RFC 1928 gives it: judge, open, answer, relay, record the end.
 
@@ -7741,9 +8549,7 @@ class TcpRecords:
 
     def reverse(self) -> str:
         """Return the path as the other side's data travels it."""
-        near_1, near_2 = self.near.split(" ")
-        far_1, far_2 = self.far.split(" ")
-        return f"{far_2} {far_1} -> {near_2} {near_1}"
+        return " -> ".join(" ".join(reversed(side.split(" "))) for side in (self.far, self.near))
 
     def closed(self, reason: str) -> None:
         end = self.session.record.closing(self.rule, reason)
@@ -7769,6 +8575,10 @@ def run_relay(session: Session, records: TcpRecords, client: Side, target: Side)
         target.backlog = early
         if observe is not None:
             observe(client, early)
+    if client.backlog:  # what came from the target behind the reply of an upstream
+        target.received = len(client.backlog)
+        if observe is not None:
+            observe(target, client.backlog)
     session.describe_io = lambda: f"{records.near} <-> {records.far}: {client.received} <-> {target.received}"
     relay = TcpRelay(client, target, records.rule.timeouts, observe)
     relay.budget = session.make_budget(records.rule)
@@ -7790,6 +8600,8 @@ class ConnectRequest:
         self.target = request.target
         self.event = "tcp/connect"
         self.bound = UNSPECIFIED  # where the connection to the target begins
+        self.addresses: tuple[Endpoint, ...] = ()  # all of the target's
+        self.way: Way | None = None  # None: direct
 
     def run(self) -> None:
         records = self.open()
@@ -7801,12 +8613,12 @@ class ConnectRequest:
         """Judge and connect: return the path, client first, or None when why not has been answered."""
         session = self.session
         try:
-            addresses = self.find_addresses()
+            self.addresses = self.find_addresses()
         except Refused as refusal:
             # As Dante: these come before any socks-rule and are recorded by the client-rule.
             self.fail(session.client_rule, "", str(refusal), refusal.reply, self.target)
             return None
-        decision = session.decide_request(session.facts("connect", self.target, addresses))
+        decision = session.decide_request(session.facts("connect", self.target, self.addresses))
         session.authenticated_by(decision.method)
         if decision.verdict == "block":
             session.record.request_blocked(
@@ -7832,17 +8644,13 @@ class ConnectRequest:
             raise Refused(
                 f"unbound port ({describe_endpoint(target)}) in request", Reply.ADDRESS_TYPE_NOT_SUPPORTED
             )
-        if target.family:
+        if not target.family:
+            return session.resolve("connect", target)
+        if not session.find_paths("connect", target, (target,)):
             check_family(session.config, target, session.lookup)
-            if target.host in IP_ANY:
-                raise Refused(f"unbound ipaddress ({target}) in request", Reply.ADDRESS_TYPE_NOT_SUPPORTED)
-            return (target,)
-        check_host_name(target.host)
-        found, fault = session.lookup.resolve(target.host)
-        if not found:
-            text = f'could not resolve hostname "{escape_text(target.host)}": {fault}'
-            raise Refused(text, Reply.HOST_UNREACHABLE)
-        return tuple(address._replace(port=target.port) for address in found)
+        if target.host in IP_ANY:
+            raise Refused(f"unbound ipaddress ({target}) in request", Reply.ADDRESS_TYPE_NOT_SUPPORTED)
+        return (target,)
 
     def fail(self, rule: Rule, path: str, reason: str, reply: Reply, bound: Endpoint) -> None:
         """Record and answer a request that could not be done."""
@@ -7851,10 +8659,41 @@ class ConnectRequest:
 
     def connect(self, decision: Decision) -> socket.socket | None:
         """Return the connection to the target, or None after having answered why there is none."""
-        session, rule = self.session, decision.rule
+        session = self.session
+        if session.serving.upstreams is None:
+            return self.connect_directly(decision.rule, decision.addresses)
+        target, addresses = self.target, self.addresses
+        pattern = find_redirect(decision.rule, session.client_rule, "connect").target
+        if pattern is not None:
+            target, addresses = redirected_endpoint(pattern, target.port), decision.addresses
+        paths = session.find_paths("connect", target, decision.addresses)
+        if paths and not paths[0].steps and paths[0].addresses:
+            return self.connect_directly(decision.rule, paths[0].addresses, paths[0].route)
+        return self.connect_by_upstream(decision.rule, paths, target, addresses)
+
+    def connect_by_upstream(
+        self, rule: Rule, paths: tuple[Path, ...], target: Endpoint, addresses: tuple[Endpoint, ...]
+    ) -> socket.socket | None:
+        """Return the connection to an upstream that has connected to a target, or None as `connect`."""
+        try:
+            self.way = self.session.open_way(rule, paths, "connect", target, addresses)
+            return self.way.connection
+        except PathFailed as failure:
+            path = f" -> {failure.source} {describe_endpoint(self.target)}"
+            self.fail(rule, path, describe_chain_failure(failure), failure.reply, self.target)
+        except PeerGone as gone:
+            self.end_unconnected(rule, UNSPECIFIED, self.target, str(gone))
+        return None
+
+    def connect_directly(
+        self, rule: Rule, addresses: tuple[Endpoint, ...], route: Route = DIRECT
+    ) -> socket.socket | None:
+        """Return the connection to one of the target's addresses, or None as `connect`."""
+        session = self.session
         deadline = deadline_after(rule.timeouts.connect)
         try:
-            return Race(decision.addresses, self.open_for(rule), session.connection.fileno(), deadline).run()
+            open_for = self.open_for(rule, route)
+            return Race(addresses, open_for, session.connection.fileno(), deadline).run()
         except ConnectFailed as failure:
             if failure.at_once:
                 # As Dante: the name, unless a rule has picked some of its addresses.
@@ -7871,22 +8710,22 @@ class ConnectRequest:
         except Refused as refusal:
             self.fail(rule, "", str(refusal), refusal.reply, self.target)
         except PeerGone as gone:
-            self.end_unconnected(rule, UNSPECIFIED, decision.addresses[0], str(gone))
+            self.end_unconnected(rule, UNSPECIFIED, addresses[0], str(gone))
         except OSError as error:
             # No descriptor, no memory, an address of ours that has gone: not the target's fault.
             self.fail(rule, "", f"could not connect: {error.strerror}", Reply.FAILURE, self.target)
         return None
 
-    def open_for(self, rule: Rule) -> Callable[[Endpoint], socket.socket]:
+    def open_for(self, rule: Rule, route: Route) -> Callable[[Endpoint], socket.socket]:
         """Return what opens the sockets of the race."""
-        return lambda target: self.session.open_external(rule, target)
+        return lambda target: self.session.open_external(rule, target, route)
 
     def end_unconnected(self, rule: Rule, source: Endpoint, target: Endpoint, reason: str) -> None:
         """Record a connect that failed after it was under way.  As Dante: like the end of a session."""
         record = self.session.record
         end = record.closing(rule, reason)
         if end:
-            path = f"0 -> {record.side} -> 0, 0 -> {source} {target} -> 0{end}"
+            path = f"0 -> {record.side} -> 0, 0 -> {source} {describe_endpoint(target)} -> 0{end}"
             info = describe_tcp_info(record.connections) if "tcpinfo" in rule.log else ""
             record.write("pass", rule, self.event, "]", path + info)
         record.closed(0, 0, reason)
@@ -7895,12 +8734,17 @@ class ConnectRequest:
         """Return the path from the client to a target that is connected; the session closes both ends."""
         session = self.session
         session.opened.append(connection)
-        self.bound = endpoint_of(connection.getsockname(), connection.family)
-        target = endpoint_of(connection.getpeername(), connection.family)
+        pair = (Side(session.connection, "local client"), Side(connection, "remote peer"))
+        if self.way is None:
+            self.bound = endpoint_of(connection.getsockname(), connection.family)
+            far = f"{self.bound} {endpoint_of(connection.getpeername(), connection.family)}"
+        else:
+            # As Dante: the client is told the address that the upstream has told.
+            self.bound, far = self.way.bound, self.way.describe(self.target)
+            pair[0].backlog = bytes(self.way.stream.pending)
         session.record.connections.append(connection)
         session.set_own_options(rule)
-        pair = (Side(session.connection, "local client"), Side(connection, "remote peer"))
-        return TcpRecords(session, rule, self.event, session.record.side, f"{self.bound} {target}", pair)
+        return TcpRecords(session, rule, self.event, session.record.side, far, pair)
 
 
 BIND_EXTENSION = "255.255.255.255"  # a DST.ADDR that asks for several peers (sockd.conf(5), extension)
@@ -8131,6 +8975,149 @@ class BindRequest:
         self.end = run_relay(session, records, client_side, peer_side)
 
 
+class RoutedBindRequest(BindRequest):
+    """BIND where there are routes: here if the first that matches is direct, else at an upstream."""
+
+    def run(self) -> None:
+        session, target = self.session, self.target
+        if target.host == BIND_EXTENSION:
+            super().run()
+            return
+        try:
+            addresses = (target,) if target.family else session.resolve("bind", target)
+        except Refused as refusal:
+            session.record.request_failed(session.client_rule, self.event, "", str(refusal))
+            session.reply(refusal.reply, target)
+            return
+        paths = session.find_paths("bind", target, addresses)
+        if paths and not paths[0].steps:
+            super().run()
+        elif paths:
+            self.bind_there(paths, addresses)
+        else:
+            text = "could not get address to use on external side: " + NO_UPSTREAM_COMMAND.format("bind")
+            self.fail(session.client_rule, UNSPECIFIED, text, Reply.NETWORK_UNREACHABLE)
+
+    def fail(self, rule: Rule, source: Endpoint, reason: str, reply: Reply) -> None:
+        """Record and answer a request that could not be done."""
+        path = f" -> {source} {describe_endpoint(self.target)}"
+        self.session.record.request_failed(rule, self.event, path, reason)
+        self.session.reply(reply, self.target)
+
+    def judge(self, decision: Decision) -> bool:
+        """Tell whether the rules pass the request; answer it where they do not."""
+        session = self.session
+        session.authenticated_by(decision.method)
+        if decision.verdict == "block":
+            target = describe_endpoint(self.target)
+            session.record.request_blocked(decision.rule, self.event, target, decision.reason)
+            session.reply(Reply.NOT_ALLOWED, self.target)
+        return decision.verdict == "pass"
+
+    def bind_there(self, paths: tuple[Path, ...], addresses: tuple[Endpoint, ...]) -> None:
+        """Let an upstream listen, and relay to the peer that it names.
+
+        The rules are asked twice: before anything is sent, and about the address that is listened on.
+        """
+        session = self.session
+        decision = session.decide_request(session.facts("bind", None))
+        if not self.judge(decision):
+            return
+        try:
+            way = session.open_way(decision.rule, paths, "bind", self.target, addresses)
+        except PathFailed as failure:
+            self.fail(decision.rule, failure.source, describe_chain_failure(failure), failure.reply)
+            return
+        except PeerGone as gone:
+            self.reason = str(gone)
+            self.finish()
+            return
+        session.opened.append(way.connection)
+        bound = self.find_bound(way)
+        decision = session.decide(session.facts("bind", bound))
+        if not self.judge(decision):
+            return
+        path = f"{session.record.side} -> {way._replace(bound=bound).describe(self.target)}"
+        if "connect" in decision.rule.log:
+            session.record.write("pass", decision.rule, self.event, "[", path)
+        session.reply(Reply.SUCCEEDED, bound)
+        self.serve_named_peer(decision.rule, way, bound)
+        if "disconnect" in decision.rule.log:
+            rest = f"{path}: {self.reason}" if self.reason else path
+            session.record.write(self.verdict, decision.rule, self.event, "]", rest)
+        self.finish()
+
+    def find_bound(self, way: Way) -> Endpoint:
+        """Return where the upstream listens: an unspecified address is the upstream's own (SOCKS 4)."""
+        last = way.path.steps[-1].upstream
+        if way.bound.host not in IP_ANY:
+            return way.bound
+        if len(way.path.steps) == 1:
+            last = endpoint_of(way.connection.getpeername(), way.connection.family)
+        return last._replace(port=way.bound.port)
+
+    def serve_named_peer(self, rule: Rule, way: Way, bound: Endpoint) -> None:
+        """Wait for the upstream to name the peer and relay; or leave why there was none in `reason`."""
+        session = self.session
+        try:
+            reply, peer = self.read_second_reply(way, deadline_after(rule.timeouts.io_tcp))
+        except DeadlinePassed:
+            session.reply(Reply.TTL_EXPIRED, UNSPECIFIED)
+            self.reason = "i/o timeout"
+            return
+        except PeerGone:
+            self.reason = ENDED_BY_US if session.stopping else "eof from client"
+            return
+        except (ProtocolError, OSError) as error:
+            self.end_badly(describe_fault(error), Reply.FAILURE, UNSPECIFIED)
+            return
+        if reply != Reply.SUCCEEDED:
+            told, text = UPSTREAM_REPLIES[reply]
+            self.end_badly(text, told, peer)
+            return
+        decision = session.decide(session.facts("bindreply", session.client)._replace(source=peer))
+        if decision.verdict == "block":
+            self.log_stranger(decision.rule, peer, bound, "")
+            reason = (
+                f"bind-reply from {describe_endpoint(peer)} blocked by socks-rule #{decision.rule.number}"
+            )
+            self.end_badly(reason, Reply.NOT_ALLOWED, peer)
+            return
+        self.relay_there(decision.rule, way, bound, peer)
+
+    def end_badly(self, reason: str, reply: Reply, peer: Endpoint) -> None:
+        self.session.reply(reply, peer)
+        self.verdict, self.reason = "block", reason
+
+    def read_second_reply(self, way: Way, deadline: float) -> tuple[Reply, Endpoint]:
+        """Return what the upstream says of the peer; DeadlinePassed, PeerGone, ProtocolError, OSError."""
+        version = SOCKS5 if way.path.steps[-1].protocol == "socks_v5" else SOCKS4
+        decode, pending = decode_second_reply(version), way.stream.pending
+        while True:
+            found = decode(pending) if pending else None
+            if found is not None:
+                del pending[: found[1]]
+                return found[0]
+            self.wait_for_peer(way.connection, deadline)
+            if self.session.stopping:
+                raise PeerGone(ENDED_BY_US)
+            way.stream.read_more(deadline)
+
+    def relay_there(self, rule: Rule, way: Way, bound: Endpoint, peer: Endpoint) -> None:
+        """Tell the client who has come to the upstream, and move data until the end."""
+        session = self.session
+        session.reply(Reply.SUCCEEDED, peer)
+        client_side = Side(session.connection, "local client")
+        peer_side = Side(way.connection, "remote peer")
+        client_side.backlog = bytes(way.stream.pending)
+        near, local = session.record.side.split(" ")
+        far = way._replace(bound=bound).describe(peer).split(" ")
+        path = (" ".join(reversed(far)), f"{local} {near}")
+        records = TcpRecords(session, rule, "tcp/bindreply", *path, (peer_side, client_side))
+        self.sides = client_side, peer_side
+        self.end = run_relay(session, records, client_side, peer_side)
+
+
 MOST_SHOWN_BYTES = 80  # of what a client says where it should be silent
 
 
@@ -8353,14 +9340,30 @@ class Bounce:
         return self.session.open_external(self.session.client_rule, target)
 
 
+class RoutedUdpRequest(UdpRequest):
+    """UDP ASSOCIATE where there are routes."""
+
+    def run(self) -> None:
+        session, target = self.session, self.request.target
+        decision = session.decide(session.facts("udpassociate", None))
+        if decision.verdict == "pass" and not session.find_paths("udpassociate", None):
+            text = "serverchain failed: " + NO_UPSTREAM_COMMAND.format("udpassociate")
+            session.authenticated_by(decision.method)
+            session.record.request_failed(decision.rule, self.event, "", text)
+            session.reply(Reply.NETWORK_UNREACHABLE, target)
+            return
+        super().run()
+
+
 REQUESTS: dict[str, type[ConnectRequest | BindRequest | UdpRequest]] = {
     "connect": ConnectRequest,
     "bind": BindRequest,
     "udpassociate": UdpRequest,
 }
+ROUTED_REQUESTS = REQUESTS | {"bind": RoutedBindRequest, "udpassociate": RoutedUdpRequest}
 
 
-# ============================== 16. HTTP ==============================
+# ============================== 17. HTTP ==============================
 # A client that speaks HTTP on the port for SOCKS (proxyprotocol: http): CONNECT, and requests with the
 # whole URI, one after the other.  Each is judged, connected and recorded as the same CONNECT in SOCKS would
 # be, and has its connection to the target for itself.
@@ -8802,14 +9805,15 @@ def serve_client(session: Session) -> None:
             if session.request.version == HTTP1:
                 HttpConversation(session).run()
             else:
-                REQUESTS[session.request.command](session, session.request).run()
+                requests = REQUESTS if session.serving.upstreams is None else ROUTED_REQUESTS
+                requests[session.request.command](session, session.request).run()
     except (OSError, DeadlinePassed) as error:
         session.lose_client(error)
     finally:
         session.close()
 
 
-# ============================== 17. Processes ==============================
+# ============================== 18. Processes ==============================
 # The bodies of the three kinds of children: worker (clients), resolver (names) and warden
 # (passwords, privileged ports).  Each obeys the mother through its control socket and ends when that closes,
 # so no child outlives the mother.
@@ -9376,7 +10380,7 @@ class Warden:
             raise Refused("not an external address, or compatibility: sameport is not set")
 
 
-# ============================== 18. Mother ==============================
+# ============================== 19. Mother ==============================
 # The process with the power: binds, opens logs, forks the others, acts on signals.  It has one
 # thread and never reads a byte of a client.
 
@@ -9465,6 +10469,54 @@ def find_libwrap_faults(config: Config) -> tuple[Complaint, ...]:
     )
 
 
+def read_credentials(path: str) -> Credentials:
+    """Return the "user:password" in the first line of a file; ConfigError if it cannot be used.
+
+    A file that others may read or write is refused: it holds a password in the clear.
+    """
+    try:
+        descriptor = os.open(path.encode(WIRE_TEXT), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077:
+                raise ConfigError("it must be a file that only its owner can read: chmod 600")
+            if status.st_uid not in (0, os.geteuid()):
+                raise ConfigError("it must belong to root, or to the user who starts the server")
+            line = file.read(MAX_MESSAGE_BYTES).partition(b"\n")[0].removesuffix(b"\r")
+    except OSError as error:
+        raise ConfigError(error.strerror) from None
+    user, colon, password = line.partition(b":")
+    if not (colon and user) or max(len(user), len(password)) > NAME_MAX or 0 in line:
+        raise ConfigError(f"its first line must be user:password, each of at most {NAME_MAX} bytes")
+    return Credentials(user.decode(WIRE_TEXT), password)
+
+
+def load_credentials(route: Route) -> Route:
+    """Return a route with what its credentials files hold; ConfigError."""
+    hops = []
+    for hop in route.hops:
+        if hop.credentials_file:
+            try:
+                hop = hop._replace(credentials=read_credentials(hop.credentials_file))
+            except ConfigError as error:
+                raise ConfigError(
+                    f'cannot use the credentials in "{hop.credentials_file}": {error}'
+                ) from None
+        hops.append(hop)
+    return route._replace(hops=tuple(hops))
+
+
+def load_all_credentials(config: Config) -> tuple[Config, tuple[Complaint, ...]]:
+    """Return a configuration with the credentials of its routes, and what was wrong with them."""
+    routes, complaints = [], []
+    for route in config.routes:
+        try:
+            routes.append(load_credentials(route))
+        except ConfigError as error:
+            complaints.append(Complaint("error", str(error), route.position))
+    return config._replace(routes=tuple(routes)), tuple(complaints)
+
+
 def log_everything(config: Config) -> Config:
     """Return a configuration whose rules all log.  As Dante: that is what a debug level above 0 does."""
     return config._replace(
@@ -9487,8 +10539,9 @@ def read_config(options: Options) -> tuple[Config | None, tuple[Complaint, ...]]
         return None, complaints
     if config.debug if options.debug is None else options.debug:
         config = log_everything(config)
-    more = (*find_unsupported(config), *find_unusable_externals(config), *find_missing_libraries(config))
-    more += find_libwrap_faults(config)
+    config, faults = load_all_credentials(config)
+    more = (*faults, *find_unsupported(config), *find_unusable_externals(config))
+    more += (*find_missing_libraries(config), *find_libwrap_faults(config))
     return (None if more else config), (*complaints, *more)
 
 
@@ -9778,8 +10831,9 @@ class Mother:
 
     def serving(self) -> Serving:
         resolver, warden = Channel(self.resolver_inbox[1]), Channel(self.warden_inbox[1])
+        upstreams = Upstreams(self.config, self.log) if self.config.routes else None
         policy, keepalive = Policy(self.config), self.options.keepalive
-        return Serving(self.config, policy, self.log, resolver, warden, keepalive, self.counts)
+        return Serving(self.config, policy, self.log, resolver, warden, keepalive, self.counts, upstreams)
 
     def be_worker(self, control: socket.socket, number: int) -> int:
         """The life of a worker, in its process."""
@@ -10038,7 +11092,7 @@ class Mother:
     }
 
 
-# ============================== 19. Command line ==============================
+# ============================== 20. Command line ==============================
 # danted's options and exit statuses.  The only section that prints, and that ends the program.
 
 COPYRIGHT = f"sockd v{__version__}.  Copyright (c) 2026 the sockd authors"

@@ -33,7 +33,7 @@ PAGES = sorted((ROOT / "packaging/man").glob("*.[58]"))
 EXAMPLES = sorted((ROOT / "packaging/examples").glob("*.conf"))
 
 # What Dante's manual does not know.
-OURS = {"passwordfile", "login.penalty", "chroot"}
+OURS = {"passwordfile", "login.penalty", "chroot", "credentials", "balance", "resolve"}
 
 CONTEXTS = {
     "file": "file",
@@ -128,6 +128,11 @@ DIFFERENCES = {
     "check_password": "Expired accounts",
     "_from_control": "UDP control connection",
     "_accept_sender": "UDP client",
+    "check_route_commands": "Commands of a route",
+    "target_by": "Names on the way",
+    "resolve": "Unresolved names",
+    "request_http": "HTTP proxies",
+    "_request": "Blame",
     "_from_target": "UDP answers",
     "wait_for_peer": "BIND",
     "judge_peer": "BIND",

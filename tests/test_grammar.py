@@ -131,11 +131,7 @@ NOT_BUILT = {
     "iflog-error": {"external.log.LEVEL.error"},
     "monitor-alarms": {"external.alarm.disconnect", "internal.alarm.data.recv", "monitor"},
     "monitor-empty": {"monitor"},
-    "route-direct": {"route"},
-    "route-maxfail-0": {"route.badexpire", "route.maxfail"},
-    "route-socks5": {"route"},
-    "route-username": {"route"},
-    "rules-any-order": {"alarm.data", "monitor", "route"},
+    "rules-any-order": {"alarm.data", "monitor"},
 }
 # danted was built without these; what we make of them is find_unsupported's affair.
 OPTIONAL = {
@@ -575,30 +571,70 @@ def test_parse_numbers_each_kind_in_the_order_of_the_file() -> None:
 @pytest.mark.parametrize(
     ("via", "lines", "field", "expected"),
     [
-        ("10.0.0.1", "", "via_endpoint", Endpoint("10.0.0.1", 1080)),
-        ("10.0.0.1 port = 99", "", "via_endpoint", Endpoint("10.0.0.1", 99)),
-        ("10.0.0.1 port: 99", "", "via_endpoint", Endpoint("10.0.0.1", 99)),
-        ("::1", "proxyprotocol: http", "via_endpoint", Endpoint("::1", 80, 6)),
-        ("proxy.example", "", "via_endpoint", Endpoint("proxy.example", 1080, 0)),
-        ("DIRECT", "", "via", "direct"),
-        ("direct", "", "via_endpoint", None),
-        ("broadcast", "proxyprotocol: upnp", "via", "broadcast"),
+        ("DIRECT", "", "hops", ()),
+        ("broadcast", "proxyprotocol: upnp", "hops", (sockd.Hop((), ("upnp",)),)),
         ("direct", "", "protocols", {"tcp", "udp"}),
         ("direct", "command: bind udpassociate", "commands", {"bind", "udpassociate"}),
         ("10.0.0.1", "", "commands", {"connect"}),
         ("10.0.0.1", "", "protocols", {"tcp"}),
         ("10.0.0.1", "protocol: udp", "protocols", {"udp"}),
-        ("10.0.0.1", "", "proxyprotocols", ("socks_v4", "socks_v5")),
-        ("10.0.0.1", "proxyprotocol: socks_v5 socks_v4", "proxyprotocols",
-         ("socks_v4", "socks_v5")),
-        ("10.0.0.1", "", "methods", ("none",)),
-        ("10.0.0.1", "method: username none", "methods", ("username", "none")),
+        ("10.0.0.1", "command: bind connect", "commands", {"bind", "connect"}),
+        ("10.0.0.1", "", "balance", "order"),
+        ("10.0.0.1", "balance: fewest", "balance", "fewest"),
+        ("10.0.0.1", "", "resolve", "both"),
+        ("10.0.0.1", "resolve: there", "resolve", "there"),
         ("10.0.0.1", "extension: bind", "extension_bind", True),
         ("10.0.0.1", "gssapi.servicename: x", "gssapi", sockd.Gssapi("x")),
     ],
 )  # fmt: skip
 def test_parse_reads_a_route(via: str, lines: str, field: str, expected: object) -> None:
     assert getattr(route(lines, via), field) == expected
+
+
+@pytest.mark.parametrize(
+    ("via", "lines", "field", "expected"),
+    [
+        ("10.0.0.1", "", "upstreams", (Endpoint("10.0.0.1", 1080),)),
+        ("10.0.0.1 port = 99", "", "upstreams", (Endpoint("10.0.0.1", 99),)),
+        ("10.0.0.1 port: 99", "", "upstreams", (Endpoint("10.0.0.1", 99),)),
+        ("::1", "proxyprotocol: http", "upstreams", (Endpoint("::1", 80, 6),)),
+        ("proxy.example", "", "upstreams", (Endpoint("proxy.example", 1080, 0),)),
+        ("10.0.0.1 port = 9 or 10.0.0.2 or or", "", "upstreams",
+         (Endpoint("10.0.0.1", 9), Endpoint("10.0.0.2", 1080), Endpoint("or", 1080, 0))),
+        ("10.0.0.1", "", "proxyprotocols", ("socks_v4", "socks_v5")),
+        ("10.0.0.1", "proxyprotocol: socks_v5 socks_v4", "proxyprotocols", ("socks_v4", "socks_v5")),
+        ("10.0.0.1", "proxyprotocol: socks_v5\nproxyprotocol: socks_v4", "proxyprotocols",
+         ("socks_v4", "socks_v5")),
+        ("10.0.0.1", "", "methods", ("none",)),
+        ("10.0.0.1", "method: username none", "methods", ("username", "none")),
+        ("10.0.0.1", "credentials: /etc/x", "credentials_file", "/etc/x"),
+        ("10.0.0.1", "credentials: /etc/x", "methods", ("username",)),
+        ("10.0.0.1", "credentials: /etc/x\nproxyprotocol: http\nmethod: username", "methods", ("username",)),
+    ],
+)  # fmt: skip
+def test_parse_reads_a_hop(via: str, lines: str, field: str, expected: object) -> None:
+    (hop,) = route(lines, via).hops
+    assert getattr(hop, field) == expected
+
+
+def test_parse_joins_what_stands_above_and_below_the_only_via() -> None:
+    text = f"{BASE}route {{\nproxyprotocol: socks_v4\nmethod: none\nfrom: 0/0 to: 0/0 via: 10.0.0.1\n"
+    (found,) = good(f"{text}proxyprotocol: socks_v5\nmethod: username\n}}").routes
+    assert found.hops == (
+        sockd.Hop((Endpoint("10.0.0.1", 1080),), ("socks_v4", "socks_v5"), ("none", "username")),
+    )
+
+
+def test_parse_gives_each_hop_what_stands_below_its_via() -> None:
+    text = f"{BASE}route {{\nproxyprotocol: socks_v5\nfrom: 0/0 to: 0/0 via: 10.0.0.1\n"
+    text += "via: 10.0.0.2\nproxyprotocol: http\nvia: 10.0.0.3 or 10.0.0.4\ncredentials: /x\n}"
+    (found,) = good(text).routes
+    one, two, three, four = (f"10.0.0.{n}" for n in (1, 2, 3, 4))
+    assert found.hops == (
+        sockd.Hop((Endpoint(one, 1080),), ("socks_v5",)),
+        sockd.Hop((Endpoint(two, 80),), ("http",)),
+        sockd.Hop((Endpoint(three, 1080), Endpoint(four, 1080)), ("socks_v5",), ("username",), "/x"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -788,7 +824,27 @@ def test_parse_says_what_is_wrong_with_an_address(addresses: str, text: str) -> 
         ("10.0.0.1", "proxyprotocol: socks_v5 http", "cannot be mixed"),
         ("10.0.0.1", "proxyprotocol: upnp", "upnp goes with a gateway found by broadcast"),
         ("direct", "proxyprotocol: socks_v5", "a direct route has no proxyprotocol"),
-        ("10.0.0.1", "command: connect bind", "a proxy is only asked to connect"),
+        ("10.0.0.1", "command: connect bind\nproxyprotocol: http", "this cannot be asked of http: bind"),
+        (
+            "10.0.0.1",
+            "command: udpassociate\nproxyprotocol: socks_v4",
+            "this cannot be asked of socks_v4: udpassociate",
+        ),
+        (
+            "10.0.0.1",
+            "via: 10.0.0.2\nproxyprotocol: http\ncommand: bind",
+            "this cannot be asked of http: bind",
+        ),
+        ("10.0.0.1", "via: direct", "direct or broadcast cannot stand beside another gateway"),
+        ("direct", "via: 10.0.0.1", "direct or broadcast cannot stand beside another gateway"),
+        ("direct or 10.0.0.1", "", "direct or broadcast cannot stand beside another gateway"),
+        ("direct", "balance: random", "a direct route has no balance"),
+        ("direct", "credentials: /x", "a direct route has no credentials"),
+        ("direct", "resolve: there", "a direct route has no resolve"),
+        ("10.0.0.1", "via: 10.0.0.2\n" * 8, "a route has at most 8 hops"),
+        (" or ".join(["10.0.0.1"] * 17), "", "names at most 16 proxies"),
+        (" or ".join(["10.0.0.1"] * 9), "via: 10.0.0.1 or 10.0.0.2", "more than 64 paths"),
+        ("10.0.0.1 or", "", '"via" needs an address'),
         ("10.0.0.1", "method: rfc931", 'method "rfc931" cannot be used for "method"'),
         ("10.0.0.1", "method: username\nproxyprotocol: http", "needs proxyprotocol socks_v5"),
         ("10.0.0.1", "method: username\nproxyprotocol: socks_v4", "needs proxyprotocol socks_v5"),
@@ -1054,7 +1110,7 @@ def test_keywords_store_into_fields_that_exist() -> None:
     records = [sockd.Config, sockd.Rule, sockd.Route, sockd.Monitor]
     known = {field for record in records for field in record._fields}
     stored = {field for keyword in sockd.KEYWORDS.values() for field in keyword.fields}
-    assert {field.partition(".")[0] for field in stored} - {"gateway"} <= known
+    assert {field.partition(".")[0] for field in stored} - {"gateways", *sockd.HOP_FIELDS} <= known
 
 
 def test_keywords_have_a_help_text_and_a_context() -> None:

@@ -366,3 +366,90 @@ def test_thousand_rules_are_judged_like_one_by_one() -> None:
                 and sockd.match_target(rule, facts, World()) is not None
             )
             assert judge.socks_decision(facts, World()).rule.number == slow
+
+
+# ------------------------------ names that only an upstream resolves ------------------------------
+
+BY_PROXY = "route { from: 0/0 to: 0/0 via: 10.0.0.9\nproxyprotocol: socks_v5\n}\n"
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (["block 192.0.2.0/24", "pass 0/0"], ("block", 1)),
+        (["block ::/0", "pass 0/0"], ("block", 1)),
+        (["block eth7", "pass 0/0"], ("block", 1)),
+        (["block one.test", "pass 0/0"], ("block", 1)),
+        (["block 192.0.2.0/24 port = 81", "pass 0/0"], ("pass", 2)),
+        (["block .other.invalid", "pass 0/0"], ("pass", 2)),
+        (["block .invalid", "pass 0/0"], ("block", 1)),
+        (["pass .invalid", "block 192.0.2.0/24", "pass 0/0"], ("pass", 1)),
+        (["pass far.invalid", "block 0.0.0.0/0"], ("pass", 1)),
+        (["pass 0.0.0.0/0", "pass ::/0"], ("block", 0)),
+        (["pass one.test", "pass eth7"], ("block", 0)),
+        (["pass 0/0", "block 192.0.2.0/24"], ("pass", 1)),
+    ],
+)
+@pytest.mark.parametrize("settings", ["socksmethod: none", "socksmethod: none\nresolveprotocol: fake"])
+def test_name_without_addresses_passes_no_rule_that_blocks_addresses(
+    rules: list[str], expected: tuple[str, int], settings: str
+) -> None:
+    lines = [rule.split(" ", 1) for rule in rules]
+    text = "".join(f"socks {verdict} {{ from: 0/0 to: {to}\n}}\n" for verdict, to in lines)
+    assert verdict(text + BY_PROXY, request("far.invalid"), settings) == expected
+
+
+# ------------------------------ routes ------------------------------
+
+
+def paths(routes: str, facts: Facts) -> list[str]:
+    """Return the paths that routes give, each as the last figures of its proxies with their protocols."""
+    settings = "socksmethod: username none"
+    found = policy(routes, settings).routes(facts, World())
+    return [
+        " ".join(f"{step.upstream.host[7:]}/{step.protocol[-2:]}" for step in path.steps) or "direct"
+        for path in found
+    ]
+
+
+def route(via: str, *lines: str, to: str = "0/0") -> str:
+    return "\n".join([f"route {{ from: 0/0 to: {to} via: {via}", *lines, "}", ""])
+
+
+V5, V4, HTTP = "proxyprotocol: socks_v5", "proxyprotocol: socks_v4", "proxyprotocol: http"
+FAR, ONE = request("198.51.100.1"), request("one.test")
+
+
+@pytest.mark.parametrize(
+    ("routes", "facts", "expected"),
+    [
+        (route("10.0.0.1"), FAR, ["1/v4", "1/v5"]),
+        (route("10.0.0.1"), ONE, ["1/v5", "1/v4"]),
+        (route("10.0.0.1", HTTP) + route("10.0.0.2", V5) + route("10.0.0.3", V4), FAR,
+         ["3/v4", "2/v5", "1/tp"]),
+        (route("10.0.0.1", V5) + route("direct"), FAR, ["direct", "1/v5"]),
+        (route("10.0.0.1", V5, to="192.0.2.0/24"), FAR, []),
+        (route("10.0.0.1", V5, to="192.0.2.0/24"), ONE, ["1/v5"]),
+        (route("10.0.0.1", V5, to=".test"), ONE, ["1/v5"]),
+        (route("10.0.0.1", V5) + route("10.0.0.2", V5), FAR, ["1/v5", "2/v5"]),
+        (route("10.0.0.1 or 10.0.0.2", V5), FAR, ["1/v5", "2/v5"]),
+        (route("10.0.0.1", "via: 10.0.0.2", V5), FAR, ["1/v4 2/v5", "1/v5 2/v5"]),
+        (route("10.0.0.1 or 10.0.0.2", V5, "via: 10.0.0.3 or 10.0.0.4", V5), FAR,
+         ["1/v5 3/v5", "1/v5 4/v5", "2/v5 3/v5", "2/v5 4/v5"]),
+        (route("10.0.0.1"), request("2001:db8::1"), ["1/v5"]),
+        (route("10.0.0.1"), FAR._replace(command="bind"), []),
+        (route("10.0.0.1", "command: bind"), FAR._replace(command="bind"), ["1/v4", "1/v5"]),
+        (route("10.0.0.1", V5, "protocol: udp"), FAR, []),
+        (route("10.0.0.1", V5), request("10.0.0.1", 1080), ["direct", "1/v5"]),
+        (route("10.0.0.1", V5), request("10.0.0.1", 1081), ["1/v5"]),
+        (route("10.0.0.1", V5, "method: username"), FAR, []),
+        (route("10.0.0.1", V5, "method: username"),
+         FAR._replace(identity=Identity("none", "username", "ann")), ["1/v5"]),
+        (route("10.0.0.1", V5, "method: none"), FAR._replace(identity=Identity("none", "username", "ann")),
+         ["1/v5"]),
+        (route("10.0.0.1", V5, "resolve: here"), request("far.invalid"), []),
+        (route("10.0.0.1"), request("far.invalid"), ["1/v5", "1/v4"]),
+    ],
+)  # fmt: skip
+def test_routes_are_chosen_as_danted_does(routes: str, facts: Facts, expected: list[str]) -> None:
+    assert paths(routes, facts) == expected

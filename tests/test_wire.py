@@ -579,3 +579,66 @@ def test_feed_stops_after_count_over_several_messages(count: int) -> None:
     messages = [b"\5\1\0", b"\5\1\0\1abcdef"]
     fed = b"".join(pieces(client.stop_after(count), messages))
     assert fed == b"".join(messages)[:count]
+
+
+# ------------------------------ HTTP CONNECT, to an upstream ------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "family", "expected"),
+    [
+        ("192.0.2.1", 4, b"CONNECT 192.0.2.1:80 HTTP/1.0\r\nHost: 192.0.2.1:80\r\n\r\n"),
+        ("2001:db8::1", 6, b"CONNECT [2001:db8::1]:80 HTTP/1.0\r\nHost: [2001:db8::1]:80\r\n\r\n"),
+        ("fe80::1%eth0", 6, b"CONNECT [fe80::1]:80 HTTP/1.0\r\nHost: [fe80::1]:80\r\n\r\n"),
+        ("a-b.test", 0, b"CONNECT a-b.test:80 HTTP/1.0\r\nHost: a-b.test:80\r\n\r\n"),
+    ],
+)
+def test_http_connect_is_encoded(host: str, family: int, expected: bytes) -> None:
+    assert sockd.encode_http_connect(sockd.Endpoint(host, 80, family), None) == expected
+
+
+def test_http_connect_carries_credentials() -> None:
+    target = sockd.Endpoint("x", 1, 0)
+    request = sockd.encode_http_connect(target, sockd.Credentials("e\xe9", b"a:b"))
+    assert request.endswith(b"\r\nProxy-Authorization: Basic Zek6YTpi\r\n\r\n")
+
+
+@pytest.mark.parametrize("host", ["a b", "a\r\nX: y", "a:1", "a@b", "a/b", "\xe9.test", "[::1]"])
+def test_http_connect_refuses_a_name_that_it_cannot_carry(host: str) -> None:
+    with pytest.raises(sockd.Refused):
+        sockd.encode_http_connect(sockd.Endpoint(host, 80, 0), None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (b"HTTP/1.0 200 Connection established\r\n\r\n", 200),
+        (b"HTTP/1.1 200\r\nA: b\r\n\r\n", 200),
+        (b"HTTP/1.1 407 Proxy Authentication Required\r\nA: b\r\nC: d\r\n\r\n", 407),
+        (b"HTTP/1.0 200 OK\n\n", 200),
+    ],
+)
+def test_http_answer_is_decoded_at_its_last_byte(answer: bytes, status: int) -> None:
+    for length in range(1, len(answer)):
+        assert sockd.decode_http_answer(answer[:length]) is None
+    found = sockd.decode_http_answer(answer + b"tunnel")
+    assert found is not None
+    assert (found[0].status, found[1]) == (status, len(answer))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH", b"HTTP/2 200\r\n\r\n", b"HTTP/1.0 20\r\n\r\n", b"HTTP/1.0 2000\r\n\r\n",
+        b"HTTP/1.0 999 x\r\n\r\n", b"HTTP/1.0200\r\n\r\n", b"HTTP/1.0 200 x" + bytes(20000),
+    ],
+)  # fmt: skip
+def test_http_answer_that_is_none_is_refused(answer: bytes) -> None:
+    with pytest.raises(sockd.ProtocolError):
+        sockd.decode_http_answer(answer)
+
+
+def test_http_status_line_cannot_forge_a_log_line() -> None:
+    found = sockd.decode_http_answer(b"HTTP/1.0 500 a\x1bb\x07\r\n\r\n")
+    assert found is not None
+    assert found[0].line == "HTTP/1.0 500 a\\033b\\a"
