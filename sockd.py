@@ -72,7 +72,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -4867,6 +4867,52 @@ def prctl(option: int, value: int) -> None:
         raise system_error("prctl")
 
 
+# What the boot process of the executable (packaging/build) leaves in the environment besides LD_LIBRARY_PATH.
+BOOT_VARIABLES = (
+    "_PYI_APPLICATION_HOME_DIR",
+    "_PYI_ARCHIVE_FILE",
+    "_PYI_LINUX_PROCESS_NAME",
+    "_PYI_PARENT_PROCESS_LEVEL",
+    "_SOCKD_BOOT_PID",
+)
+
+
+def is_executable() -> bool:
+    """Tell whether this runs as the one executable, below a boot process, and not from the source."""
+    return hasattr(sys, "_MEIPASS")
+
+
+def leave_boot_process() -> None:
+    """Put back what the executable's boot process has changed for its own needs; before anything else."""
+    if not is_executable():
+        return
+    # Programs that PAM or the system run for us must not meet the libraries of our Python.
+    os.environ.pop("LD_LIBRARY_PATH", None)
+    if "LD_LIBRARY_PATH_ORIG" in os.environ:
+        os.environ["LD_LIBRARY_PATH"] = os.environ.pop("LD_LIBRARY_PATH_ORIG")
+    if "_SOCKD_TMPDIR" in os.environ:
+        del os.environ["TMPDIR"], os.environ["_SOCKD_TMPDIR"]
+    for variable in BOOT_VARIABLES:
+        os.environ.pop(variable, None)
+    # PyInstaller's own would say of a library that the system lacks that it was forgotten in the executable.
+    vars(ctypes)["CDLL"] = ctypes.CDLL.__base__
+
+
+def forget_unpacked_files() -> None:
+    """Remove what the executable has unpacked, once all of it is in memory.
+
+    So nothing that cleans /tmp can take it away, nor -D, whose boot process ends; and a server that is
+    killed leaves nothing behind.
+    """
+    root = getattr(sys, "_MEIPASS", "")
+    if not os.path.basename(root).startswith("_MEI"):
+        return  # not the one executable: these files are somebody's installation
+    for folder, _, files in os.walk(root, topdown=False):
+        for name in files:
+            os.unlink(os.path.join(folder, name))
+        os.rmdir(folder)
+
+
 def set_capabilities(mask: int) -> None:
     """Set this process's permitted and effective capabilities, with none inheritable (capset(2))."""
     header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
@@ -5306,21 +5352,22 @@ def set_options(connection: socket.socket, options: Iterable[SocketOption], side
     return failures
 
 
-def listen_on(endpoint: Endpoint, keepalive: bool) -> socket.socket:
-    """Return a non-blocking listening socket; OSError if the address cannot be had.
+def prepare_listener(listener: socket.socket, keepalive: bool) -> None:
+    """Set what accepted sockets inherit, which saves two calls for each connection; OSError."""
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(keepalive))
+    listener.setblocking(False)
 
-    Accepted sockets inherit TCP_NODELAY and SO_KEEPALIVE, which saves two calls for each connection.
-    """
+
+def listen_on(endpoint: Endpoint) -> socket.socket:
+    """Return a listening socket; OSError if the address cannot be had."""
     listener = socket.socket(FAMILY_OF[endpoint.family], socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if endpoint.family == 6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(keepalive))
         listener.bind(socket_address(endpoint))
         listener.listen(LISTEN_BACKLOG)
-        listener.setblocking(False)
     except OSError:
         listener.close()
         raise
@@ -6207,6 +6254,12 @@ def verify_username(passwordfile: str, user: bytes, password: bytes) -> str:
     return f'system password authentication failed for user "{name}"'
 
 
+# What processes outside the jail import when they first need it, and for what.
+LATE_IMPORTS_OF_HELPERS = {
+    "difflib": "a configuration with a mistake",
+    "hmac": "a password",
+    "mmap": "limits of sessions",
+}
 PAM_LIBRARIES = {"pam": "libpam.so.0", "pam_misc": "libpam_misc.so.0"}
 PAM_USER_BY_ADDRESS = "rhostusr"  # As Dante: PAM_RUSER always, and PAM_USER where there is no name
 
@@ -6220,16 +6273,38 @@ def find_pam_library(name: str) -> str | None:
     return PAM_LIBRARIES[name]
 
 
-def load_pam() -> ModuleType:
-    """Return python-pam's inner module, set to use the system's libpam.
-
-    ImportError or OSError without them.
-    """
-    module = importlib.import_module("pam.__internals")
+def import_pam() -> ModuleType:
+    """Return python-pam's inner module, set to use the system's libpam; ImportError."""
     # Its own search asks compilers and ldconfig, which small systems do not have.
-    vars(module)["find_library"] = find_pam_library
+    finder = ModuleType("ctypes.util")
+    vars(finder)["find_library"] = find_pam_library
+    present = sys.modules.get(finder.__name__)
+    sys.modules[finder.__name__] = finder
+    try:
+        return importlib.import_module("pam.__internals")
+    finally:
+        del sys.modules[finder.__name__]
+        if present is not None:
+            sys.modules[finder.__name__] = present
+
+
+def load_pam() -> ModuleType:
+    """Return python-pam's inner module and have libpam ready; ImportError or OSError without them."""
+    module = import_pam()
     load_library(PAM_LIBRARIES["pam"])
     return module
+
+
+def preload_for_helpers() -> None:
+    """Import now what helpers would import later, where there may be no files to import it from.
+
+    The executable removes those that it has unpacked, and may itself be replaced by a newer one.
+    """
+    if not is_executable():
+        return
+    for module in LATE_IMPORTS_OF_HELPERS:
+        importlib.import_module(module)
+    import_pam()
 
 
 def verify_pam(service: str, user: bytes, password: bytes, client: str) -> str:
@@ -10649,6 +10724,114 @@ def daemonize() -> int:
     return ready
 
 
+# ---- what systemd, or another that speaks as it does, gives to a service and wants to hear of it
+
+FIRST_PASSED_DESCRIPTOR = 3  # sd_listen_fds(3)
+NOTIFY_SECONDS = 1.0  # a manager that does not read is told nothing
+MOST_PASSED = 1024
+
+
+def take_number(environment: MutableMapping[str, str], name: str) -> int:
+    """Remove a variable and return its number; 0 where it is missing or is none."""
+    text = environment.pop(name, "")
+    return int(text) if text.isdecimal() and len(text) < 20 else 0
+
+
+class Manager:
+    """Tells the service manager how the server is (sd_notify(3)); silent where there is none.
+
+    Takes its variables out of the environment, so that no other program takes them for its own.
+    """
+
+    def __init__(self, environment: MutableMapping[str, str]) -> None:
+        self.address = environment.pop("NOTIFY_SOCKET", "")
+        period = take_number(environment, "WATCHDOG_USEC") / 1e6
+        watched = take_number(environment, "WATCHDOG_PID")
+        # The manager of the executable knows the boot process.
+        pids = (0, os.getpid(), os.getppid() if is_executable() else 0)
+        self.watchdog_seconds = period / 2 if self.address and watched in pids else 0.0
+        self.next_sign = time.monotonic() if self.watchdog_seconds else NO_DEADLINE
+
+    def tell(self, *lines: str) -> None:
+        """Send one message; nothing depends on whether it arrives."""
+        if not self.address:
+            return
+        address = "\0" + self.address[1:] if self.address.startswith("@") else self.address
+        try:
+            # A socket of its own for each: no child inherits one that speaks for the mother.
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+                notifier.settimeout(NOTIFY_SECONDS)
+                notifier.sendto("\n".join(lines).encode("utf-8", "replace"), os.fsencode(address))
+        except OSError:
+            pass
+
+    def sign_of_life(self) -> None:
+        """Tell the watchdog, in time, that the mother's loop turns."""
+        now = time.monotonic()
+        if now >= self.next_sign:
+            self.next_sign = now + self.watchdog_seconds
+            self.tell("WATCHDOG=1")
+
+
+def describe_unfit(passed: socket.socket, endpoint: Endpoint | None) -> str:
+    """Return why a socket cannot be a listener of ours; "" if it can."""
+    if endpoint is None or passed.type != socket.SOCK_STREAM:
+        return "not a TCP socket"
+    if not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return "not listening"
+    if endpoint.family == 6 and not passed.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+        return "it takes IPv4 as well (BindIPv6Only=ipv6-only prevents that)"
+    return ""
+
+
+def find_configured(endpoint: Endpoint, internal: Iterable[Endpoint]) -> Endpoint | None:
+    """Return the internal address that a passed socket is for, or None: port 0 there fits any port."""
+    for port in (endpoint.port, 0):
+        if endpoint._replace(port=port) in internal:
+            return endpoint._replace(port=port)
+    return None
+
+
+def open_passed_sockets(
+    environment: MutableMapping[str, str], log: Log
+) -> Iterator[tuple[str, socket.socket]]:
+    """Yield (name, socket) for each that the service manager has passed to us (sd_listen_fds(3))."""
+    count = min(take_number(environment, "LISTEN_FDS"), MOST_PASSED)
+    names = environment.pop("LISTEN_FDNAMES", "").split(":")
+    if take_number(environment, "LISTEN_PID") != os.getpid():
+        return
+    for index in range(count):
+        descriptor = FIRST_PASSED_DESCRIPTOR + index
+        try:
+            passed = socket.socket(fileno=descriptor)
+        except OSError as error:
+            log.write("warning", f"passed descriptor {descriptor} is not used: {error.strerror}")
+            continue
+        passed.set_inheritable(False)
+        yield (names[index] if index < len(names) else ""), passed
+
+
+def take_passed_sockets(
+    environment: MutableMapping[str, str], config: Config, log: Log
+) -> dict[Endpoint, socket.socket]:
+    """Return passed sockets that fit internal addresses, by these; warn of the others and close them."""
+    taken: dict[Endpoint, socket.socket] = {}
+    for name, passed in open_passed_sockets(environment, log):
+        is_network = passed.family in AF_INET_FAMILY
+        endpoint = endpoint_of(passed.getsockname(), passed.family) if is_network else None
+        fault = describe_unfit(passed, endpoint)
+        key = find_configured(endpoint, config.internal) if endpoint is not None else None
+        if not fault and key is not None and key not in taken:
+            taken[key] = passed
+            continue
+        who = " ".join(filter(None, [escape_text(name), str(endpoint) if endpoint is not None else ""]))
+        log.write("warning", f"passed socket {who} is not used: {fault or 'no internal address fits it'}")
+        passed.close()
+    return taken
+
+
+# ---- the mother
+
 # user.privileged, user.unprivileged and user.libwrap; None where we stay who we are, or need none.
 Accounts = tuple[Account | None, Account | None, Account | None]
 
@@ -10668,6 +10851,7 @@ class Mother:
         self.pidfile = Pidfile(options.pidfile or default_files(options.program)[1])
         self.resolver_inbox = self.warden_inbox = (socket.socket(), socket.socket())
         self.wakeup = (-1, -1)
+        self.manager = Manager(os.environ)
         self.ending = False
         self.last_spawn = 0.0
         self.due: list[tuple[float, str, int]] = []  # (when, kind, number): children to fork again
@@ -10680,18 +10864,31 @@ class Mother:
         self.accounts = self.find_accounts(self.config)
         raise_descriptor_limit(self.log)
         self.resolver_inbox, self.warden_inbox = make_inbox(), make_inbox()
-        self.listeners = self.bind_listeners(self.config, {})
+        self.listeners = self.bind_listeners(
+            self.config, take_passed_sockets(os.environ, self.config, self.log)
+        )
         self.take_pidfile()
         preload()
+        preload_for_helpers()
+        forget_unpacked_files()
         caller = daemonize() if self.options.daemon else -1
         self.log.take_over()
         self.write_pid()
         self.catch_signals()
         self.announce_listeners(self.listeners)
         self.spawn_children()
+        self.tell_ready()
         if caller >= 0:
             os.write(caller, b".")
             os.close(caller)
+
+    def tell_ready(self) -> None:
+        """Tell the service manager that clients are served."""
+        # The boot process of the executable stays the main one: the manager is its parent, not ours.
+        ourselves = [f"MAINPID={os.getpid()}"] if self.options.daemon else []
+        listeners = describe_count(len(self.listeners), "listener")
+        workers = describe_count(self.count_workers(), "worker")
+        self.manager.tell("READY=1", *ourselves, f"STATUS=serving: {listeners}, {workers}")
 
     def open_logs(self) -> None:
         self.log.open(self.config.logoutput, self.config.errorlog)
@@ -10739,7 +10936,8 @@ class Mother:
         bound: dict[Endpoint, socket.socket] = {}
         try:
             for endpoint in config.internal:
-                bound[endpoint] = present.get(endpoint) or listen_on(endpoint, self.options.keepalive)
+                bound[endpoint] = present.get(endpoint) or listen_on(endpoint)
+                prepare_listener(bound[endpoint], self.options.keepalive)
                 for failure in set_options(bound[endpoint], config.socket_options, "internal"):
                     self.log.write("warning", failure)
         except OSError as error:
@@ -10886,7 +11084,8 @@ class Mother:
             by_descriptor = {child.control.fileno(): pid for pid, child in self.children.items()}
             for descriptor in by_descriptor:
                 poller.register(descriptor, select.POLLIN)
-            timeout = min((when for when, _, _ in self.due), default=NO_DEADLINE)
+            self.manager.sign_of_life()
+            timeout = min([self.manager.next_sign, *(when for when, _, _ in self.due)])
             for descriptor, _ in poller.poll(poll_milliseconds(timeout)):
                 if descriptor == self.wakeup[0]:
                     self.act_on_signals()
@@ -10905,11 +11104,13 @@ class Mother:
 
     def on_end(self, number: int) -> None:
         self.log.write("info", f"sigterm(): exiting on signal {number}")
+        self.manager.tell("STOPPING=1", f"STATUS=ending on signal {number}")
         self.ending = True
 
     def on_hup(self, _: int) -> None:
         """Reload; on any fault keep what is running.  Unlike Dante, which a broken file ends."""
         self.log.write("info", "SIGHUP [: reloading config")
+        self.manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         config, complaints = read_config(self.options)
         try:
             if config is None:
@@ -10919,6 +11120,7 @@ class Mother:
         except ConfigError as error:
             self.log_complaints(complaints)
             self.log.write("error", f"SIGHUP ]: config not reloaded: {error}")
+            self.manager.tell("READY=1", f"STATUS=config not reloaded: {error}")
             return
         if (config, accounts) == (self.config, self.accounts):
             self.reopen_logs()
@@ -10927,6 +11129,7 @@ class Mother:
             self.switch(config, listeners)
         self.log_complaints(complaints)
         self.log.write("info", "SIGHUP ]: config reloaded.  Broadcasting to children to do the same")
+        self.tell_ready()
 
     def reopen_logs(self) -> None:
         """Open the logs again, for all processes: log rotation needs no new workers."""
@@ -11268,6 +11471,7 @@ def open_standard_descriptors() -> None:
 def main() -> int:
     """Run the command line; return the exit status."""
     program = os.path.basename(sys.argv[0]).removesuffix(".py") or "sockd"
+    leave_boot_process()
     open_standard_descriptors()
     text_option = find_text_option(sys.argv[1:])
     if text_option:

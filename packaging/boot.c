@@ -2,10 +2,11 @@
 /*
  * What dist/sockd does before anything else; packaging/build links it into PyInstaller's bootloader.
  *
- * The executable runs twice: first as the boot process, which unpacks a C library of Python and its
- * companions into a directory and waits, then as its child, which is sockd.  Here the boot process
- * chooses the directory, or says in one line why it cannot; and the child sees to it that it does not
- * outlive the boot process, which is the one that service managers know.
+ * The executable runs twice: first as the boot process, which unpacks Python's library and its companions
+ * into a directory and waits, then as its child, which is sockd.  Here the boot process chooses the
+ * directory, or says in one line why it cannot; and the child sees to it that it does not outlive the
+ * boot process, which is the one that service managers know.  sockd.py, leave_boot_process(), takes the
+ * variables away again.
  */
 
 #include <signal.h>
@@ -22,6 +23,7 @@
 /* Set for the child by the bootloader, and by us. */
 static const char UNPACKED_VARIABLE[] = "_PYI_APPLICATION_HOME_DIR";
 static const char PARENT_VARIABLE[] = "_SOCKD_BOOT_PID";
+static const char CHOSEN_VARIABLE[] = "_SOCKD_TMPDIR"; /* TMPDIR is of our choice, and not the caller's */
 
 /* Return why files cannot be unpacked in a directory and run from there, or NULL; uses `text`. */
 static const char *find_fault(const char *directory, char *text, size_t size)
@@ -48,9 +50,12 @@ static void choose_directory(void)
     char reasons[1024] = "", text[64];
     size_t count = DIRECTORIES, at = 0;
 
+    unsetenv(CHOSEN_VARIABLE);
     if (named != NULL && named[0] != '\0') {
         directories[0] = named;
         count = 1;
+    } else {
+        setenv(CHOSEN_VARIABLE, "1", 1);
     }
     for (size_t i = 0; i < count; i++) {
         const char *fault = find_fault(directories[i], text, sizeof text);
@@ -77,6 +82,16 @@ static void follow_parent(void)
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     if (parent != NULL && atol(parent) != (long)getppid())
         _exit(1);
+}
+
+/* The bootloader's function that removes the directory in the end; linked with --wrap to come here first. */
+__attribute__((weak)) int __real_pyi_recursive_rmdir(const char *directory);
+int __wrap_pyi_recursive_rmdir(const char *directory);
+
+int __wrap_pyi_recursive_rmdir(const char *directory)
+{
+    /* sockd has removed it when it began to serve: no reason for a warning. */
+    return access(directory, F_OK) == 0 ? __real_pyi_recursive_rmdir(directory) : 0;
 }
 
 __attribute__((constructor)) static void boot(void)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -52,6 +54,21 @@ def sockd(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Factory]:
     factory = Factory(Sockd, tmp_path, request.node)
     yield factory
     factory.close()
+
+
+@pytest.fixture
+def lone_sockd(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """`lone_sockd(config, *options)` starts a server that the test itself brings to an end."""
+    numbers = itertools.count(1)
+    with contextlib.ExitStack() as started:
+
+        def start(config: str, *options: str) -> Server:
+            server = Sockd(config, tmp_path / f"lone{next(numbers)}", options)
+            started.callback(server.hang_up)
+            started.callback(server.kill)
+            return server
+
+        yield start
 
 
 @pytest.fixture

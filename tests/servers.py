@@ -28,6 +28,12 @@ import pytest
 T = TypeVar("T")
 
 SOCKD = Path(__file__).resolve().parent.parent / "sockd.py"
+if os.environ.get("SOCKD"):
+    # Tests have servers started in other directories and under other names.
+    os.environ["SOCKD"] = os.path.abspath(os.environ["SOCKD"])
+IS_EXECUTABLE = bool(os.environ.get("SOCKD"))
+# Only the child of the executable's boot process has this in the environment that it began with.
+UNPACKED_MARK = b"_PYI_APPLICATION_HOME_DIR="
 # The longest that anything may take that ought to be quick; the same as client.py's.
 WITHIN = float(os.environ.get("SOCKD_TEST_TIMEOUT", "10"))
 # Worker threads are kept for the next session; more than this many new ones is growth.
@@ -125,6 +131,28 @@ def has_mark(pid: int, mark: bytes) -> bool:
         return mark in Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return False
+
+
+def find_library(name: str) -> str:
+    """Give the file that a library of the system is loaded from."""
+    ctypes.CDLL(name)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return next(line.split()[-1] for line in lines if f"/{name}" in line)
+
+
+def find_children(pid: int) -> list[int]:
+    """List the children of a process that has one thread."""
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def find_mother(pid: int) -> int:
+    """Give the server's first process: the one started, or its child where that only unpacks it."""
+    if has_mark(pid, UNPACKED_MARK):
+        return pid
+    return next((child for child in find_children(pid) if has_mark(child, UNPACKED_MARK)), pid)
 
 
 def count_descriptors(pid: int) -> int:
@@ -318,6 +346,7 @@ class Server:
             raise
         except AssertionError:
             raise DidNotStart(f"{self.name} did not say that it runs\n{self.text}") from None
+        self.pid = find_mother(self.pid)
 
     def _find_addresses(self) -> list[tuple[str, int]]:
         found = [self.listening.match(record.message) for record in self.log]
@@ -360,6 +389,9 @@ class Server:
         every = [process for pid in pids if (process := read_process(pid))]
         mark = self._mark.encode()
         ours = [p for p in every if p.session == self._session or has_mark(p.pid, mark)]
+        if self.pid != self._popen.pid:
+            # The boot process of the executable: whether it ends is for Popen to tell.
+            ours = [process for process in ours if process.pid != self._popen.pid]
         # Our own zombie waits for us; one that fell to init waits for init.
         return [p for p in ours if p.state != "Z" or p.parent not in (1, os.getpid())]
 
@@ -477,6 +509,12 @@ class Server:
             assert sign not in self.text, f"{sign} in what {self.name} wrote"
 
 
+def sockd_command() -> list[str]:
+    """Give the command that runs sockd, or the executable that SOCKD names, without options."""
+    named = os.environ.get("SOCKD")
+    return [named] if named else [sys.executable, str(SOCKD)]
+
+
 class Sockd(Server):
     """The program under test; the environment variable SOCKD names another executable."""
 
@@ -484,8 +522,7 @@ class Sockd(Server):
 
     def command(self) -> list[str]:
         """Give the command that runs sockd."""
-        named = os.environ.get("SOCKD")
-        return [named] if named else [sys.executable, str(SOCKD)]
+        return sockd_command()
 
     def usual(self, options: tuple[str, ...]) -> tuple[str, ...]:
         """Run one worker where a test says nothing: processes are then countable on every machine."""
@@ -546,7 +583,7 @@ def run_sockd(config: str, folder: Path, *options: str) -> subprocess.CompletedP
     """Run sockd to its end with a configuration and give its exit status and output."""
     path = folder / "sockd.conf"
     path.write_text(config)
-    command = [*Sockd.command(Sockd.__new__(Sockd)), "-f", str(path), *options]
+    command = [*sockd_command(), "-f", str(path), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=WITHIN, check=False)
 
 

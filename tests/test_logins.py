@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from client import CONNECT, PASSWORD_METHOD, Client, password_message
 from conftest import Factory
 from login_peers import TOLD_HOST, Identd
 from more_peers import CLIENT_PASS, IPV4_HEAD, SOCKS_PASS, rule, wait_for_line, wait_for_record
-from servers import Server, World, eventually, read_process, run_sockd
+from servers import WITHIN, Server, World, eventually, find_library, read_process, sockd_command
 
 pytestmark = pytest.mark.root
 StartPeer = Callable[..., Any]
@@ -100,14 +101,11 @@ def log_in_somehow(client: Client, port: int) -> bool:
     return False
 
 
-def test_pam_without_its_library_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_root: None
-) -> None:
-    package = tmp_path / "python" / "pam"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
-    result = run_sockd("logoutput: stderr\n" + METHODS["pam.username"], tmp_path, "-p", str(tmp_path / "pid"))
+def test_pam_without_its_library_is_one_line(tmp_path: Path, as_root: None) -> None:
+    config, world = tmp_path / "sockd.conf", World({find_library("libpam.so.0"): Path("/dev/null")})
+    config.write_text("logoutput: stderr\n" + METHODS["pam.username"])
+    command = [*sockd_command(), "-f", str(config), "-p", str(tmp_path / "pid")]
+    result = subprocess.run(world.wrap(command), capture_output=True, text=True, timeout=WITHIN, check=False)
     assert result.returncode == 1
     lines = [line for line in result.stderr.splitlines() if "error: " in line]
     assert len(lines) == 1

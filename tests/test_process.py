@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import os
 import re
 import resource
@@ -22,6 +21,7 @@ import pytest
 from client import BIND, CONNECT, UDP_ASSOCIATE, Client, UdpClient
 from conftest import Factory
 from servers import (
+    IS_EXECUTABLE,
     SOCKD,
     WITHIN,
     Server,
@@ -34,6 +34,7 @@ from servers import (
     parse_log,
     read_process,
     run_sockd,
+    sockd_command,
 )  # fmt: skip
 
 CONFIG = """\
@@ -57,15 +58,9 @@ PASS_ALL = CONFIG[CONFIG.index("socks pass") :]
 ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
-def start_command() -> list[str]:
-    """Give the command that runs sockd, without options."""
-    named = os.environ.get("SOCKD")
-    return [named] if named else [sys.executable, str(SOCKD)]
-
-
 def run_options(*options: str, **more: Any) -> subprocess.CompletedProcess[str]:
     """Run sockd with these options and nothing else, to its end."""
-    command = [*start_command(), *options]
+    command = [*sockd_command(), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=WITHIN, check=False, **more)
 
 
@@ -73,21 +68,6 @@ def as_nobody(command: list[str]) -> list[str]:
     """Give the command that runs `command` as an ordinary user."""
     need(os.geteuid() == 0 and shutil.which("setpriv"), "needs root and setpriv")
     return ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", *command]
-
-
-@pytest.fixture
-def lone_sockd(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """`lone_sockd(config, *options)` starts a server that the test itself brings to an end."""
-    numbers = itertools.count(1)
-    with contextlib.ExitStack() as started:
-
-        def start(config: str, *options: str) -> Server:
-            server = Sockd(config, tmp_path / f"lone{next(numbers)}", options)
-            started.callback(server.hang_up)
-            started.callback(server.kill)
-            return server
-
-        yield start
 
 
 @pytest.fixture
@@ -241,14 +221,15 @@ def test_check_opens_no_port_and_writes_no_pid_file(tmp_path: Path) -> None:
         port = busy.getsockname()[1]
         path.write_text(AS_ANYBODY.replace("port = 0", f"port = {port}"))
         watch = ["strace", "-f", "-o", str(trace), "-e", "trace=network,fork,vfork,clone"]
-        command = [*watch, *start_command(), "-V", "-f", str(path), "-p", str(pid_path)]
+        command = [*watch, *sockd_command(), "-V", "-f", str(path), "-p", str(pid_path)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     calls = trace.read_text()
     assert "exited with 0" in calls
     assert "listen(" not in calls
     assert f"htons({port})" not in calls
-    assert not re.search(r"^\d+ +(v?fork|clone)", calls, re.MULTILINE)
+    # The executable's boot process forks the server.
+    assert len(re.findall(r"^\d+ +(?:v?fork|clone)", calls, re.MULTILINE)) == int(IS_EXECUTABLE)
     assert not pid_path.exists()
 
 
@@ -359,7 +340,7 @@ def test_daemon_detaches_only_when_it_serves(is_slow: bool, tmp_path: Path) -> N
     pid_path, log_path, conf = tmp_path / "pid", tmp_path / "log", tmp_path / "sockd.conf"
     port = find_free_port()
     conf.write_text(f"logoutput: {log_path}\n" + CONFIG.replace("port = 0", f"port = {port}"))
-    command = [*start_command(), "-D", "-f", str(conf), "-p", str(pid_path)]
+    command = [*sockd_command(), "-D", "-f", str(conf), "-p", str(pid_path)]
     if is_slow:
         need(shutil.which("strace"), "strace is missing")
         delay = ["-e", "trace=setsid", "-e", "inject=setsid:delay_enter=300000"]  # microseconds
@@ -385,7 +366,7 @@ def test_standard_descriptors_may_be_closed_at_the_start(
 ) -> None:
     pid_path, log_path, conf = tmp_path / "pid", tmp_path / "log", tmp_path / "sockd.conf"
     conf.write_text(f"logoutput: {log_path}\n{CONFIG}")
-    command = [*start_command(), "-f", str(conf), "-p", str(pid_path), *options]
+    command = [*sockd_command(), "-f", str(conf), "-p", str(pid_path), *options]
     with subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *command], start_new_session=True):
         eventually(lambda: log_path.exists() and " running\n" in log_path.read_text())
         pid = int(eventually(pid_path.read_text))
@@ -454,7 +435,7 @@ def test_start_does_not_walk_over_all_possible_descriptors(
     for most in (512, before[1]):
         trace = tmp_path / f"trace{most}"
         limited = ["prlimit", f"--nofile={most}:{most}", "strace", "-f", "-qq", "-o", str(trace)]
-        traced = [*limited, "-e", "trace=close,close_range,fcntl,dup2", *start_command()]
+        traced = [*limited, "-e", "trace=close,close_range,fcntl,dup2", *sockd_command()]
         monkeypatch.setattr(Sockd, "command", lambda _, traced=traced: traced)
         server = lone_sockd(CONFIG)
         check_service(server, peer)
@@ -468,7 +449,7 @@ def test_start_does_not_walk_over_all_possible_descriptors(
 def test_descriptor_limit_is_raised_as_far_as_allowed(
     lone_sockd: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limited = ["prlimit", "--nofile=300:700", *start_command()]
+    limited = ["prlimit", "--nofile=300:700", *sockd_command()]
     monkeypatch.setattr(Sockd, "command", lambda _: limited)
     server = lone_sockd(CONFIG)
     for process in server.processes():
@@ -541,7 +522,7 @@ def test_signal_to_the_process_group_ends_sessions_with_their_records(
     server = lone_sockd(CONFIG)
     with contextlib.ExitStack() as opened:
         crowd = Crowd(server, peer, opened)
-        os.killpg(server.pid, number)
+        os.killpg(os.getpgid(server.pid), number)
         check_end(server, crowd, number)
 
 

@@ -1,0 +1,53 @@
+"""The server as one executable, built once for each state of what it is made of.
+
+Run as a program it prints the path of the executable.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sockd-tests"
+PARTS = ("sockd.py", "packaging/build", "packaging/boot.c", "packaging/contents", "packaging/sockd.spec")
+
+
+class NotBuilt(Exception):
+    """packaging/build has failed; the text is what it said."""
+
+
+def build(folder: Path) -> str:
+    """Run packaging/build for a folder and give what it prints; NotBuilt."""
+    environment = {**os.environ, "SOCKD_DIST": str(folder)}
+    command = [str(ROOT / "packaging" / "build")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise NotBuilt(f"packaging/build: status {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def find_executable() -> Path:
+    """Give the executable of this tree, building it if it is not there; NotBuilt."""
+    key = hashlib.sha256(sys.version.encode())
+    for part in PARTS:
+        key.update((ROOT / part).read_bytes())
+    folder = CACHE / f"executable-{key.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "contents").exists():
+            text = build(folder)
+            (folder / "contents").write_text(text)
+    return folder / "sockd"
+
+
+if __name__ == "__main__":
+    try:
+        print(find_executable())
+    except NotBuilt as error:
+        sys.exit(str(error))
