@@ -9467,8 +9467,12 @@ class HttpExchange:
     No more than one read waits here in each direction.
     """
 
-    def __init__(self, request: HttpRequest, records: TcpRecords, pending: bytearray) -> None:
+    def __init__(
+        self, request: HttpRequest, records: TcpRecords, pending: bytearray, budget: Budget | None
+    ) -> None:
         self.request = request
+        self.budget = budget  # where a rule has a bandwidth
+        self.resume_at = 0.0  # while the budget is used up: when that is over
         self.client, self.target = records.sides
         self.client.peer, self.target.peer = self.target, self.client
         self.client.may_splice = self.target.may_splice = False  # every byte is looked at
@@ -9497,10 +9501,13 @@ class HttpExchange:
         self._pass_response()
         active = time.monotonic()
         while not self.download.finished or self.client.backlog:
-            events = self._wait(active + self.idle)
-            if not events and time.monotonic() >= active + self.idle:
+            events = self._wait(self.resume_at or active + self.idle)
+            now = time.monotonic()
+            if not events and not self.resume_at and now >= active + self.idle:
                 raise HttpError("i/o timeout", 504)
-            active = time.monotonic() if events else active
+            if self.resume_at <= now:
+                self.resume_at = 0.0
+            active = now if events or self.resume_at else active
             for descriptor, mask in events:
                 if descriptor == self.client.connection.fileno():
                     self._serve_client(mask)
@@ -9520,7 +9527,7 @@ class HttpExchange:
     def _find_mask(self, side: Side) -> int:
         """Return what of a side there is to wait for."""
         mask = select.POLLOUT if side.backlog else 0
-        if side.peer.backlog:
+        if side.peer.backlog or self.resume_at:
             return mask
         if side is self.target:
             return mask | (0 if self.download.finished else select.POLLIN)
@@ -9533,7 +9540,7 @@ class HttpExchange:
         if mask & select.POLLOUT and client.backlog:
             client.send(client.backlog)
         if mask & select.POLLIN:
-            data = client.receive()
+            data = self._receive(client)
             if data == b"":
                 raise PeerGone(CLIENT_CLOSED)
             self.pending += data or b""
@@ -9544,6 +9551,21 @@ class HttpExchange:
             # Passed on, as in the relay: whether its answer is still wanted, the target decides.
             client.finished = True
             self._finish_target()
+
+    def _receive(self, side: Side) -> bytes | None:
+        """Side.receive, once the budget has room for it; None until then."""
+        budget = self.budget
+        if budget is None:
+            return side.receive()
+        waiting = readable_bytes(side.connection)
+        granted = budget.grant(waiting, min(budget.turn, side.most)) if waiting else 0
+        if waiting and not granted:
+            self.resume_at = budget.ready_at
+            return None
+        side.size = granted or FIRST_READ_BYTES
+        data = side.receive()
+        budget.give_back(granted - len(data or b""))
+        return data
 
     def _finish_target(self) -> None:
         if not self.target.backlog and not self.refuses:
@@ -9565,7 +9587,7 @@ class HttpExchange:
 
     def _read_target(self) -> None:
         try:
-            data = self.target.receive()
+            data = self._receive(self.target)
         except SideFailed as failure:
             raise HttpError(str(failure), 502) from None
         if data == b"":
@@ -9672,7 +9694,7 @@ class HttpConversation:
         """Serve the client until either side has had enough."""
         while self.serve_request():
             self.deadline = deadline_after(self.session.client_rule.timeouts.negotiate)
-            self.session.phase = "waiting for a request"
+            self.session.phase = "idle after"
         if self.lingers:
             linger(self.session.connection)
         self.session.answer = None
@@ -9729,9 +9751,10 @@ class HttpConversation:
 
     def challenge(self, request: HttpRequest) -> bool:
         """Ask for a password; return whether the client may give it on the same connection."""
-        persists = request.persists and not request.length and not self.stream.pending
+        takes_passwords = choose_method(self.session.client_rule.socksmethods, (2,)) == 2
+        persists = takes_passwords and request.persists and not request.length and not self.stream.pending
         self.end = "client offered no acceptable authentication method"
-        self.refuse(407, persists)
+        self.refuse(407 if takes_passwords else 403, persists)
         if not persists:
             self.finish(self.end)
         return persists
@@ -9753,7 +9776,7 @@ class HttpConversation:
             self.record.negotiation_failed(self.stream.received, fault)
             return False
         session.request = Request(HTTP1, "connect", request.target)
-        session.phase = "request"
+        session.phase, self.lingers = "request", False
         session.lookup.answers.clear()  # each request has names resolved anew, and pinned for itself
         if self.served:
             self.record.started = time.monotonic()
@@ -9776,8 +9799,13 @@ class HttpConversation:
             f"{records.near} <-> {records.far}: {client.received} <-> {target.received}"
         )
         records.opened()
-        exchange = HttpExchange(request, records, self.stream.pending)
+        budget = session.make_budget(records.rule)
+        exchange = HttpExchange(request, records, self.stream.pending, budget)
+        if budget is not None:
+            budget.give_back(-client.received)  # read without having asked for it
         reason = self.run_exchange(exchange)
+        if budget is not None:
+            budget.close()
         session.describe_io = None
         client.received -= len(self.stream.pending)
         self.sent += client.sent
@@ -9800,7 +9828,7 @@ class HttpConversation:
             reason, exchange.persists = str(error), False
             # Neither side may take its part for the whole.
             exchange.target.reset()
-            if not exchange.answered:
+            if not exchange.answered and not exchange.client.backlog:
                 exchange.client.sent += self.refuse(error.status)
             else:
                 exchange.client.reset()

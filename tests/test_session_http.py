@@ -7,6 +7,7 @@ import contextlib
 import functools
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -855,6 +856,21 @@ def test_http_sessions_count_under_the_limits_of_their_rule(sockd: Any, private_
                 return third.ask(make_request(target)).status == 200
 
         eventually(passes)
+
+
+def test_http_bodies_share_the_bandwidth_of_their_rule(sockd: Any, private_world: World) -> None:
+    """What a rule gives beyond its rate is a tenth of a second's, and a turn."""
+    config = IPV4_HEAD + CLIENT_PASS + rule(
+        "socks pass", "from: 0/0 to: 0/0", "proxyprotocol: http", "bandwidth: 400000", "timeout.io: 1", LOG
+    )  # fmt: skip
+    server, data = sockd(config, world=private_world), pattern(200_000)
+    with target_that(mirror) as target, HttpClient(server) as client:
+        began = time.monotonic()
+        for _ in range(2):
+            body = client.ask(make_request(target, method="PUT", body=data)).body
+            assert body.endswith(data)
+        assert time.monotonic() - began > 1.6
+        assert client.ask(make_request(target)).status == 200
 
 
 def test_http_many_clients_at_a_time(server: Server) -> None:
