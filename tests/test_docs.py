@@ -8,6 +8,7 @@ its item in README: the item's bold words.
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -310,6 +311,15 @@ def test_manual_page_has_no_fault_of_form(page: Path) -> None:
     command = ["mandoc", "-T", "lint", "-W", "warning", str(page)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_manual_page_is_set_without_a_warning(page: Path) -> None:
+    need(shutil.which("man") and shutil.which("groff"), "Debian packages man-db and groff-base are missing")
+    command = ["man", "--warnings", "-E", "UTF-8", "-l", "-Tutf8", "-Z", str(page)]
+    environment = {**os.environ, "LC_ALL": "C.UTF-8", "MANWIDTH": "80"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 # ------------------------------ version and licence ------------------------------
