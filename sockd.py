@@ -671,18 +671,15 @@ NEEDS_UPNP = "it needs a UPnP library"
 UNSUPPORTED = {
     "alarm.": NOT_YET,
     "child.": NOT_YET,
-    "clientcompatibility": NOT_YET,
     "compatibility: draft-5.05": NOT_YET,
     "cpu.": NOT_YET,
     "extension": NOT_YET,
     "external.alarm.": NOT_YET,
     "external.log.": NOT_YET,
-    "gssapi.": NOT_YET,
     "internal.alarm.": NOT_YET,
     "internal.log.": NOT_YET,
     "method: gssapi": NOT_YET,
     "monitor": NOT_YET,
-    "socksmethod: gssapi": NOT_YET,
     "bsdauth.stylename": NEEDS_OPENBSD,
     "hostid": NEEDS_HOSTID,
     "hostid block": NEEDS_HOSTID,
@@ -3146,11 +3143,11 @@ METHOD_BYTES = {
     "none": (0,),
     "gssapi": (1,),
     "username": (2,),
-    "rfc931": (0, 2, 1),
-    "pam.any": (2, 0, 1),
-    "pam.address": (2, 0, 1),
+    "rfc931": (0, 2),
+    "pam.any": (2, 0),
+    "pam.address": (2, 0),
     "pam.username": (2,),
-    "bsdauth": (2, 1),
+    "bsdauth": (2,),
 }
 # What a client that negotiated one method may be checked by instead: a name with a password
 # serves any password database, and no name at all serves those that look at the address only.
@@ -3658,6 +3655,10 @@ def redirected_sources(
 PASSWORD_METHODS = frozenset({"username", "pam.username", "bsdauth"})
 
 
+def needs_gssapi(config: Config) -> bool:
+    return any("gssapi" in rule.socksmethods for rule in config.client_rules)
+
+
 def only_password_method(config: Config) -> str:
     """Return the one method by which any password would be checked, or "" if that depends on the rule.
 
@@ -3912,6 +3913,47 @@ def decode_password_status(data: Octets) -> tuple[bool, int] | None:
 def encode_password_status(ok: bool) -> bytes:
     """Encode whether the password was right."""
     return bytes((PASSWORD_VERSION, 0 if ok else 1))
+
+
+# VER | MTYP | LEN | TOKEN   (RFC 1961 sections 3.4, 4.3 and 5)
+
+GSSAPI_VERSION = 1
+GSSAPI_TOKEN, GSSAPI_LEVEL, GSSAPI_DATA = 1, 2, 3  # MTYP
+GSSAPI_ABORT = b"\x01\xff"  # RFC 1961 section 3.8: this message has no more
+GSSAPI_HEAD = struct.Struct("!BBH")
+GSSAPI_MAX = 65535  # bytes in a token
+PROTECTIONS = ("clear", "integrity", "confidentiality", "per-message")  # section 4.2; 0 is NEC's and Dante's
+
+
+def decode_gssapi(data: Octets, kind: int) -> tuple[bytes, int] | None:
+    """Decode the token of a message of RFC 1961 that has to be of this MTYP."""
+    if data and data[0] != GSSAPI_VERSION:
+        raise ProtocolError(f"unknown version on gssapi packet from client: {data[0]}")
+    if len(data) > 1 and data[1] == GSSAPI_ABORT[1]:
+        raise ProtocolError("client has aborted the gssapi exchange")
+    if len(data) > 1 and data[1] != kind:
+        raise ProtocolError(f"unexpected type on gssapi packet from client: {data[1]}, not {kind}")
+    if len(data) < GSSAPI_HEAD.size:
+        return None
+    end = GSSAPI_HEAD.size + (data[2] << 8 | data[3])
+    return (bytes(data[GSSAPI_HEAD.size : end]), end) if len(data) >= end else None
+
+
+def decode_gssapi_token(data: Octets) -> tuple[bytes, int] | None:
+    return decode_gssapi(data, GSSAPI_TOKEN)
+
+
+def decode_gssapi_level(data: Octets) -> tuple[bytes, int] | None:
+    return decode_gssapi(data, GSSAPI_LEVEL)
+
+
+def decode_gssapi_data(data: Octets) -> tuple[bytes, int] | None:
+    return decode_gssapi(data, GSSAPI_DATA)
+
+
+def encode_gssapi(kind: int, token: bytes) -> bytes:
+    """Encode a message of RFC 1961, with a token of at most GSSAPI_MAX bytes."""
+    return GSSAPI_HEAD.pack(GSSAPI_VERSION, kind, len(token)) + token
 
 
 # VN | CD | DSTPORT | DSTIP | USERID | NULL   (SOCKS 4)
@@ -5038,6 +5080,242 @@ def crypt(password: bytes, setting: bytes) -> bytes:
     return answer
 
 
+GSSAPI_LIBRARY = "libgssapi_krb5.so.2"  # MIT's; what follows is its gssapi/gssapi.h and gssapi_ext.h
+
+
+class GssBuffer(ctypes.Structure):
+    """gss_buffer_desc."""
+
+    _fields_ = (("length", ctypes.c_size_t), ("value", ctypes.c_void_p))
+
+
+class GssOid(ctypes.Structure):
+    """gss_OID_desc."""
+
+    _fields_ = (("length", ctypes.c_uint32), ("elements", ctypes.c_char_p))
+
+
+class GssOidSet(ctypes.Structure):
+    """gss_OID_set_desc."""
+
+    _fields_ = (("count", ctypes.c_size_t), ("elements", ctypes.POINTER(GssOid)))
+
+
+class GssElement(ctypes.Structure):
+    """gss_key_value_element_desc."""
+
+    _fields_ = (("key", ctypes.c_char_p), ("value", ctypes.c_char_p))
+
+
+class GssStore(ctypes.Structure):
+    """gss_key_value_set_desc."""
+
+    _fields_ = (("count", ctypes.c_uint32), ("elements", ctypes.POINTER(GssElement)))
+
+
+GSS_BUFFER, GSS_HANDLE = ctypes.POINTER(GssBuffer), ctypes.POINTER(ctypes.c_void_p)
+GSS_NUMBER, GSS_INT = ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_int)
+GSS_OID = ctypes.POINTER(GssOid)
+# Arguments behind the first of each, the minor status.
+GSS_CALLS: dict[str, tuple[Any, ...]] = {
+    "gss_accept_sec_context": (
+        GSS_HANDLE, ctypes.c_void_p, GSS_BUFFER, ctypes.c_void_p, GSS_HANDLE, ctypes.c_void_p, GSS_BUFFER,
+        GSS_NUMBER, ctypes.c_void_p, ctypes.c_void_p,
+    ),
+    "gss_acquire_cred_from": (
+        ctypes.c_void_p, ctypes.c_uint32, ctypes.POINTER(GssOidSet), ctypes.c_int, ctypes.POINTER(GssStore),
+        GSS_HANDLE, ctypes.c_void_p, ctypes.c_void_p,
+    ),
+    "gss_delete_sec_context": (GSS_HANDLE, ctypes.c_void_p),
+    "gss_display_name": (ctypes.c_void_p, GSS_BUFFER, ctypes.c_void_p),
+    "gss_display_status": (ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p, GSS_NUMBER, GSS_BUFFER),
+    "gss_export_sec_context": (GSS_HANDLE, GSS_BUFFER),
+    "gss_import_name": (GSS_BUFFER, ctypes.c_void_p, GSS_HANDLE),
+    "gss_import_sec_context": (GSS_BUFFER, GSS_HANDLE),
+    "gss_indicate_mechs": (GSS_HANDLE,),
+    "gss_release_buffer": (GSS_BUFFER,),
+    "gss_release_cred": (GSS_HANDLE,),
+    "gss_release_name": (GSS_HANDLE,),
+    "gss_release_oid_set": (GSS_HANDLE,),
+    "gss_unwrap": (ctypes.c_void_p, GSS_BUFFER, GSS_BUFFER, GSS_INT, ctypes.c_void_p),
+    "gss_wrap": (
+        ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, GSS_BUFFER, GSS_INT, GSS_BUFFER,
+    ),
+    "gss_wrap_size_limit": (ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_uint32, GSS_NUMBER),
+}  # fmt: skip
+GSS_ERROR_BITS = 0xFFFF0000  # of a major status; the others are news of a success
+GSS_DUPLICATE, GSS_OLD, GSS_UNSEQUENCED, GSS_GAP = 2, 4, 8, 16
+GSS_CONTINUE_NEEDED = 1
+GSS_GSS_CODE, GSS_MECH_CODE = 1, 2
+GSS_ACCEPT = 2
+GSS_INDEFINITE = 0xFFFFFFFF
+KERBEROS = b"\x2a\x86\x48\x86\xf7\x12\x01\x02\x02"  # 1.2.840.113554.1.2.2, RFC 1964
+PROFILE_MARK = b"\xaa\xca\x60\x12"  # PROF_MAGIC_PROFILE, prof_err.h
+MOST_PROFILES = 64
+ANY_SERVICE = "GSS_C_NO_NAME"  # As Dante: a gssapi.servicename for every key of the key table
+
+
+class GssError(SockdError):
+    """A call of GSS-API has failed; the text is its own."""
+
+
+@functools.cache
+def load_gssapi() -> ctypes.CDLL:
+    """Return the GSS-API library; OSError where it is missing."""
+    library = load_library(GSSAPI_LIBRARY)
+    for name, arguments in GSS_CALLS.items():
+        function = getattr(library, name)
+        function.argtypes = (GSS_NUMBER, *arguments)
+        function.restype = ctypes.c_uint32
+    return library
+
+
+def take_buffer(buffer: GssBuffer) -> bytes:
+    """Return the bytes of a buffer that GSS-API has filled, and free it."""
+    try:
+        return ctypes.string_at(buffer.value, buffer.length) if buffer.value else b""
+    finally:
+        load_gssapi().gss_release_buffer(ctypes.c_uint32(), buffer)
+
+
+def describe_gss(status: int, kind: int) -> str:
+    """Return GSS-API's text for a status; "" if it has none."""
+    minor, more, text = ctypes.c_uint32(), ctypes.c_uint32(), GssBuffer()
+    display = load_gssapi().gss_display_status
+    if display(minor, status, kind, None, more, text) & GSS_ERROR_BITS:
+        return ""
+    return take_buffer(text).decode("utf-8", "replace")
+
+
+def call_gss(name: str, *arguments: object) -> int:
+    """Call a function of GSS-API; return its major status, or raise GssError."""
+    minor = ctypes.c_uint32()
+    major: int = getattr(load_gssapi(), name)(minor, *arguments)
+    if major & GSS_ERROR_BITS:
+        texts = describe_gss(major, GSS_GSS_CODE), describe_gss(minor.value, GSS_MECH_CODE)
+        raise GssError(f"{name}() failed: {'.  '.join(texts)}")
+    return major
+
+
+def give_buffer(data: bytes) -> GssBuffer:
+    """Return a buffer for GSS-API to read; the bytes must outlive it."""
+    return GssBuffer(len(data), ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p))
+
+
+def preload_gssapi() -> None:
+    """Have the library find its mechanisms, which are files, while there are any."""
+    mechanisms = ctypes.c_void_p()
+    call_gss("gss_indicate_mechs", mechanisms)
+    call_gss("gss_release_oid_set", mechanisms)
+
+
+class SecurityContext:
+    """An established GSS-API context, taken over from the process that has established it.
+
+    Used by one thread at a time.  Its owner closes it.
+    """
+
+    def __init__(self, exported: bytes) -> None:
+        """Take over an exported context; GssError."""
+        self.handle = ctypes.c_void_p()
+        call_gss("gss_import_sec_context", give_buffer(exported), self.handle)
+
+    def wrap(self, data: bytes, confidential: int) -> bytes:
+        """Return data as a token, encrypted if `confidential` is 1 and signed if it is 0; GssError."""
+        token = GssBuffer()
+        encrypted = ctypes.c_int()
+        call_gss("gss_wrap", self.handle, confidential, 0, give_buffer(data), encrypted, token)
+        sealed = take_buffer(token)
+        if encrypted.value < confidential:
+            raise GssError("gss_wrap() cannot encrypt under this context")
+        return sealed
+
+    def unwrap(self, token: bytes) -> tuple[bytes, int, int]:
+        """Return the data of a token, 1 if it was encrypted, and what there is to say of its order.
+
+        GssError for what the peer has not sealed.
+        """
+        data, encrypted = GssBuffer(), ctypes.c_int()
+        news = call_gss("gss_unwrap", self.handle, give_buffer(token), data, encrypted, None)
+        return take_buffer(data), encrypted.value, news
+
+    def find_room(self, confidential: int) -> int:
+        """Return how many bytes fit into a token of RFC 1961; GssError."""
+        room = ctypes.c_uint32()
+        call_gss("gss_wrap_size_limit", self.handle, confidential, 0, GSSAPI_MAX, room)
+        return room.value
+
+    def close(self) -> None:
+        if self.handle:
+            call_gss("gss_delete_sec_context", self.handle, None)
+
+
+def import_service(service: str) -> ctypes.c_void_p:
+    """Return the name of a service for GSS-API, which the caller releases; none for ANY_SERVICE."""
+    name = ctypes.c_void_p()
+    if service.upper() != ANY_SERVICE:
+        # As Dante: with a slash it is a principal, else a service on this host.
+        symbol = "GSS_C_NT_HOSTBASED_SERVICE"
+        kind = None if "/" in service else ctypes.c_void_p.in_dll(load_gssapi(), symbol)
+        call_gss("gss_import_name", give_buffer(service.encode(WIRE_TEXT)), kind, name)
+    return name
+
+
+def acquire_service(service: str, keytab: str) -> ctypes.c_void_p:
+    """Return a credential to accept Kerberos contexts with, which the caller releases; GssError."""
+    credential = ctypes.c_void_p()
+    element = GssElement(b"keytab", keytab.encode(WIRE_TEXT))
+    mechanism = GssOid(len(KERBEROS), KERBEROS)
+    name = import_service(service)
+    try:
+        call_gss(
+            "gss_acquire_cred_from", name, GSS_INDEFINITE, GssOidSet(1, ctypes.pointer(mechanism)),
+            GSS_ACCEPT, GssStore(1, ctypes.pointer(element)), credential, None, None,
+        )  # fmt: skip
+        return credential
+    finally:
+        call_gss("gss_release_name", name)
+
+
+def strip_profile(exported: bytes) -> bytes:
+    """Return an exported context without the names of the configuration files it was made under.
+
+    MIT's library would open them again where the context is taken over, and fail in a jail; what is sealed
+    there needs none of them.  They stand as count, length and name of each, between two marks
+    (prof_init.c, profile_ser_externalize).
+    """
+    start = exported.find(PROFILE_MARK)
+    while start >= 0:
+        at = start + len(PROFILE_MARK)
+        count = int.from_bytes(exported[at : at + 4], "big")
+        at += 4
+        for _ in range(min(count, MOST_PROFILES)):
+            at += 4 + int.from_bytes(exported[at : at + 4], "big")
+        if exported.startswith(PROFILE_MARK, at):
+            return exported[: start + len(PROFILE_MARK)] + bytes(4) + exported[at:]
+        start = exported.find(PROFILE_MARK, start + 1)  # a key that happens to have these four bytes
+    return exported
+
+
+def accept_context(service: str, keytab: str, token: bytes) -> tuple[bytes, bytes, bytes]:
+    """Accept a client's token; return (our token, the client's principal, the context for export); GssError.
+
+    What the calls leave allocated here ends with the process.
+    """
+    credential = acquire_service(service, keytab)
+    context, source = ctypes.c_void_p(), ctypes.c_void_p()
+    output, name, exported, flags = GssBuffer(), GssBuffer(), GssBuffer(), ctypes.c_uint32()
+    major = call_gss(
+        "gss_accept_sec_context", context, credential, give_buffer(token), None, source, None, output, flags,
+        None, None,
+    )  # fmt: skip
+    if major & GSS_CONTINUE_NEEDED:
+        raise GssError("the client wants to negotiate further, which Kerberos does not")
+    call_gss("gss_display_name", source, name, None)
+    call_gss("gss_export_sec_context", context, exported)
+    return take_buffer(output), take_buffer(name), strip_profile(take_buffer(exported))
+
+
 LIBWRAP = "libwrap.so.0"
 RQ_FILE, RQ_DAEMON = 1, 2  # tcpd.h
 REQUEST_INFO_BYTES = 4096  # struct request_info (tcpd.h) has some 1,100, and libwrap alone looks inside
@@ -5671,6 +5949,7 @@ class Race:
 # typed, its sender named by the kernel, and who sends a malformed one is reported to the mother.
 
 MAX_MESSAGE_BYTES = 4096  # the largest is a password check: two times 255 bytes and some words
+MAX_TOKEN_MESSAGE_BYTES = GSSAPI_MAX + 4096  # but for those with a token of GSS-API
 MAX_FIELDS = 255
 VERIFY_SECONDS = 60  # a PAM module that takes longer is ended
 
@@ -5685,6 +5964,7 @@ class Favour(enum.IntEnum):
     PASSWORD = 5  # (method, service, user, password, source, local) -> ("" or why not)
     BIND = 6  # (tcp or udp, address, port) -> a bound socket
     WRAP = 7  # (hosts_access, client or socks, number of the rule; a connection) -> ("" or why not)
+    ACCEPT = 8  # (number of the client-rule, token) -> ("" or why not, token, principal, context)
 
 
 class Account(NamedTuple):
@@ -5694,6 +5974,10 @@ class Account(NamedTuple):
     uid: int
     gid: int
     groups: tuple[int, ...]
+
+
+# user.privileged, user.unprivileged and user.libwrap; None where we stay who we are, or need none.
+Accounts = tuple[Account | None, Account | None, Account | None]
 
 
 def find_account(name: str) -> Account:
@@ -5872,6 +6156,10 @@ def check_text(field: bytes) -> None:
         raise ProtocolError("a text of more than 255 bytes, or with a NUL")
 
 
+def check_token(field: bytes) -> None:
+    """Accept every field: it is as long as a token of RFC 1961 may be, and has no form."""
+
+
 def check_digits(field: bytes) -> None:
     """ProtocolError unless a field is a short row of digits, or empty."""
     if field and (not field.isdigit() or len(field) > 5):
@@ -5905,6 +6193,7 @@ FAVOUR_FIELDS: dict[Favour, tuple[Callable[[bytes], None], ...]] = {
     Favour.PASSWORD: (check_text, check_text, check_text, check_text, check_host, check_host),
     Favour.BIND: (check_text, check_address, check_digits),
     Favour.WRAP: (check_text, check_digits),
+    Favour.ACCEPT: (check_digits, check_token),
 }
 # How many descriptors come with a question, the socket for the answer among them, where it is not alone.
 FAVOUR_DESCRIPTORS = {Favour.WRAP: 2}
@@ -5940,7 +6229,8 @@ class Channel:
                 self._send(encode_message(favour, fields), (theirs.fileno(), *passed), seconds)
             ours.settimeout(seconds)
             try:
-                data, descriptors, _, _ = socket.recv_fds(ours, MAX_MESSAGE_BYTES, 1)
+                most = MAX_TOKEN_MESSAGE_BYTES if favour == Favour.ACCEPT else MAX_MESSAGE_BYTES
+                data, descriptors, _, _ = socket.recv_fds(ours, most, 1)
             except TimeoutError:
                 raise DeadlinePassed(
                     f"no answer to {favour.name.lower()} within {seconds:.0f} seconds"
@@ -6015,7 +6305,8 @@ def receive_question(inbox: socket.socket, granted: frozenset[Favour]) -> Questi
     space = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_SPACE(4 * max(FAVOUR_DESCRIPTORS.values()))
     # MSG_DONTWAIT: between poll and here another helper may have taken the question.
     how = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-    data, ancillary, flags, _ = inbox.recvmsg(MAX_MESSAGE_BYTES, space, how)
+    most = MAX_TOKEN_MESSAGE_BYTES if Favour.ACCEPT in granted else MAX_MESSAGE_BYTES
+    data, ancillary, flags, _ = inbox.recvmsg(most, space, how)
     if not data and not ancillary:  # an empty message would have its sender's credentials
         raise InboxEnded("the inbox was shut down")
     pid, descriptors = read_ancillary(ancillary)
@@ -6077,6 +6368,8 @@ def fork_verifier(body: Callable[[], bool]) -> int:
 SHADOW_FILE = "/etc/shadow"
 PASSWD_FILE = "/etc/passwd"
 SECONDS_PER_DAY = 86400
+KEYTAB_KINDS = frozenset({"FILE", "WRFILE"})
+MOST_KEYTAB_BYTES = 1 << 20  # some thousand keys
 PAM_TTY, PAM_RHOST, PAM_RUSER, PAM_XDISPLAY = 3, 4, 8, 11  # security/_pam_types.h
 IDENT_PORT = 113  # RFC 1413
 IDENT_SECONDS = 10.0  # As Dante.
@@ -6338,6 +6631,102 @@ def verify_pam(service: str, user: bytes, password: bytes, client: str) -> str:
         return f"pam_acct_mgmt(): {authenticator.reason}"
     shown = escape_bytes(user) or "<no user specified>"
     return f'pam_authenticate() for user "{shown}" failed: {authenticator.reason}'
+
+
+def copy_keytab(keytab: str) -> str:
+    """Return a copy in memory of a key table, for a process that cannot read the file; OSError."""
+    kind, colon, path = keytab.rpartition(":")
+    if colon and kind not in KEYTAB_KINDS:
+        raise OSError(errno.EINVAL, f'key table "{keytab}" is no file')
+    with open(path.encode(WIRE_TEXT), "rb") as file:
+        _, name = make_table(file.read(MOST_KEYTAB_BYTES))
+    return f"FILE:{name.decode('ascii')}"
+
+
+class SealBroken(PeerGone):
+    """What comes over a protected connection is not what the client has sealed."""
+
+
+class Seal:
+    """The protection of one client's connection (RFC 1961 section 5).  Owned by its session's thread."""
+
+    def __init__(self, context: SecurityContext, level: int) -> None:
+        """Protect by a context, which becomes its own, on a level of PROTECTIONS; GssError."""
+        self.context = context
+        self.level = level
+        # Where each message may be protected as one likes it is encrypted.
+        self.confidential = int(level > 1)
+        self.room = context.find_room(self.confidential)
+        self.partial = bytearray()  # the beginning of a message that has not yet come whole
+
+    def close(self) -> None:
+        self.context.close()
+
+    def seal(self, data: bytes) -> bytes:
+        """Return data as messages of RFC 1961; GssError."""
+        wrap, room, confidential = self.context.wrap, self.room, self.confidential
+        pieces = (data[start : start + room] for start in range(0, len(data), room))
+        return b"".join(encode_gssapi(GSSAPI_DATA, wrap(piece, confidential)) for piece in pieces)
+
+    def unwrap(self, token: bytes, accepted: int) -> bytes:
+        """Return the data of a token whose news of its order are all among the accepted; SealBroken."""
+        try:
+            data, encrypted, news = self.context.unwrap(token)
+        except GssError as error:
+            raise SealBroken(str(error)) from None
+        if news & ~accepted:
+            raise SealBroken("a gssapi message was repeated, or is out of order")
+        if self.level == PROTECTIONS.index("confidentiality") and not encrypted:
+            raise SealBroken("a gssapi message is not encrypted")
+        return data
+
+    def open(self, raw: bytes) -> bytes:
+        """Return the data of the messages that have come whole with these bytes; SealBroken."""
+        self.partial += raw
+        opened = []
+        try:
+            while self.partial:
+                found = decode_gssapi_data(self.partial)
+                if found is None:
+                    break
+                del self.partial[: found[1]]
+                opened.append(self.unwrap(found[0], 0))
+        except ProtocolError as error:
+            raise SealBroken(str(error)) from None
+        return b"".join(opened)
+
+    def open_datagram(self, datagram: bytes) -> bytes:
+        """Return the data of a datagram, which is one message; some may be lost or late.  SealBroken."""
+        try:
+            found = decode_gssapi_data(datagram)
+        except ProtocolError as error:
+            raise SealBroken(str(error)) from None
+        if found is None or found[1] != len(datagram):
+            raise SealBroken("a gssapi datagram is not one message")
+        return self.unwrap(found[0], GSS_UNSEQUENCED | GSS_GAP)
+
+
+class SealedStream(Stream):
+    """The Stream of a client whose messages are protected: `pending` is what was in them."""
+
+    def __init__(self, stream: Stream, seal: Seal) -> None:
+        """Go on where a stream stands; what is pending there is sealed already."""
+        super().__init__(stream.connection)
+        self.received = stream.received
+        self.seal = seal
+        self.pending += seal.open(bytes(stream.pending))
+
+    def read_more(self, deadline: float) -> None:
+        """Add what the client has sent, and what has come whole by it, to `pending`; SealBroken."""
+        wait_for(self.connection.fileno(), select.POLLIN, deadline)
+        data = self.connection.recv(READ_BYTES)
+        if not data:
+            raise PeerGone("eof from local client")
+        self.received += len(data)
+        self.pending += self.seal.open(data)
+
+    def send(self, data: bytes, deadline: float) -> None:
+        super().send(self.seal.seal(data), deadline)
 
 
 def parse_ident(line: bytes, ports: tuple[int, int]) -> str | None:
@@ -6837,6 +7226,10 @@ class Side:
         self.received += len(data)
         return data
 
+    def keep(self, data: bytes) -> None:
+        """Take data that is to be sent when the relay begins; OSError."""
+        self.backlog = data
+
     def send(self, data: bytes) -> None:
         """Send data; what the kernel does not take becomes the backlog.  SideFailed."""
         try:
@@ -6874,6 +7267,93 @@ def readable_bytes(connection: socket.socket) -> int:
     except OSError:
         return 0
     return int.from_bytes(count, sys.byteorder)
+
+
+class SealedSide(Side):
+    """A client whose connection is protected.  It counts what is in the messages, as Dante."""
+
+    __slots__ = ("seal",)
+
+    def __init__(self, connection: socket.socket, title: str, seal: Seal) -> None:
+        super().__init__(connection, title)
+        self.seal = seal
+        self.may_splice = False
+        # A byte that is urgent to TCP is a part of a message like any other.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+    def receive(self) -> bytes | None:
+        """Return what is in the messages that have come whole, as Side.receive does."""
+        before = self.received
+        raw = super().receive()
+        self.received = before
+        if not raw:
+            if raw is not None and self.seal.partial:
+                raise SideFailed(self, OSError(errno.EBADMSG, "eof within a gssapi message"))
+            return raw
+        try:
+            data = self.seal.open(raw)
+        except SealBroken as error:
+            raise SideFailed(self, OSError(errno.EBADMSG, str(error))) from None
+        self.received += len(data)
+        return data or None
+
+    def receive_urgent(self) -> bytes | None:
+        return None
+
+    def keep(self, data: bytes) -> None:
+        super().keep(self._seal(data))
+
+    def _seal(self, data: bytes) -> bytes:
+        """Return data as messages, and count it as sent; OSError."""
+        try:
+            sealed = self.seal.seal(data)
+        except GssError as error:
+            raise OSError(errno.EBADMSG, str(error)) from None
+        self.sent += len(data)
+        return sealed
+
+    def send(self, data: bytes) -> None:
+        """Seal data and send it; a backlog is sealed already."""
+        self.urgent = False
+        try:
+            sealed = data if self.backlog else self._seal(data)
+        except OSError as error:
+            raise SideFailed(self, error) from None
+        counted = self.sent
+        super().send(sealed)
+        self.sent = counted
+
+
+class SealedSocket(socket.socket):
+    """The client's side of a UDP association whose datagrams are protected."""
+
+    seal: Seal
+
+    @classmethod
+    def over(cls, plain: socket.socket, seal: Seal) -> SealedSocket:
+        """Return the same socket, which it takes over, with a seal."""
+        sealed = cls(plain.family, plain.type, plain.proto, plain.detach())
+        sealed.setblocking(False)
+        sealed.seal = seal
+        return sealed
+
+    def recvfrom(self, size: int, flags: int = 0) -> tuple[bytes, Any]:
+        """Return a datagram's data and sender; OSError for one that the client has not sealed."""
+        data, sender = super().recvfrom(size, flags)
+        try:
+            return self.seal.open_datagram(data), sender
+        except SealBroken as error:
+            raise OSError(errno.EBADMSG, str(error)) from None
+
+    def sendto(self, data: bytes, address: Any) -> int:  # type: ignore[override]
+        """Seal data and send it; return its length."""
+        if len(data) > self.seal.room:
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        try:
+            super().sendto(self.seal.seal(data), address)
+        except GssError as error:
+            raise OSError(errno.EBADMSG, str(error)) from None
+        return len(data)
 
 
 class TcpRelay:
@@ -8089,6 +8569,7 @@ class Session:
         self.identity = Identity()
         self.client_rule = FINAL_CLIENT_BLOCK
         self.password: bytes | None = None
+        self.seal: Seal | None = None  # of a connection that GSS-API protects
         self.verified: dict[tuple[str, str], str] = {}  # (method, service) -> "" or why not
         self.used = 0  # bytes of the handshake that were understood
         self.request: Request | None = None
@@ -8116,6 +8597,8 @@ class Session:
         """Close everything that was opened for the client."""
         for opened in self.opened:
             opened.close()
+        if self.seal is not None:
+            self.seal.close()
         self.connection.close()
         self.leave_places()
         if self.budget is not None:
@@ -8240,6 +8723,8 @@ class Session:
             raise ProtocolError("client offered no acceptable authentication method")
         if METHOD_OF_BYTE[method] == "username":
             self.read_password(deadline)
+        elif METHOD_OF_BYTE[method] == "gssapi":
+            self.read_gssapi(deadline)
         return self.read(decode_request, deadline)
 
     def read_request4(self, deadline: float) -> Request:
@@ -8265,6 +8750,76 @@ class Session:
         if fault:
             raise ProtocolError(fault)
 
+    def read_gssapi(self, deadline: float) -> None:
+        """Authenticate the client by GSS-API, and agree on what that protects from here on (RFC 1961)."""
+        try:
+            context = self.read_context(deadline)
+            try:
+                level = self.read_protection(context, deadline)
+                self.seal = Seal(context, level) if level else None
+            finally:
+                if self.seal is None:
+                    context.close()
+            if self.seal is not None:
+                self.stream = SealedStream(self.stream, self.seal)
+        except (ProtocolError, GssError) as error:
+            send_all(self.connection, GSSAPI_ABORT, deadline)
+            raise ProtocolError(str(error)) from None
+
+    def read_context(self, deadline: float) -> SecurityContext:
+        """Return the context that the client and the warden have established; ProtocolError, GssError.
+
+        The key of the service never leaves the warden's side: what comes from there is good for this
+        one connection.
+        """
+        fields = [str(self.client_rule.number).encode("ascii"), self.read(decode_gssapi_token, deadline)]
+        seconds = max(0.001, min(PASSWORD_SECONDS, deadline - time.monotonic()))
+        try:
+            answer, _ = self.serving.warden.ask(Favour.ACCEPT, fields, seconds)
+            fault, token, user, exported = (*answer, b"", b"", b"")[:4]
+        except DeadlinePassed:
+            raise
+        except SockdError as error:
+            raise ProtocolError(str(error)) from None
+        if fault:
+            raise ProtocolError(fault.decode("utf-8", "replace"))
+        self.identity = self.identity._replace(method="gssapi", user=user.decode(WIRE_TEXT))
+        self.stream.send(encode_gssapi(GSSAPI_TOKEN, token), deadline)
+        return SecurityContext(exported)
+
+    def read_protection(self, context: SecurityContext, deadline: float) -> int:
+        """Return the level that the client asks for and the client-rule allows; ProtocolError, GssError."""
+        settings = self.client_rule.gssapi
+        token = self.read(decode_gssapi_level, deadline)
+        # As Dante: NEC's clients say it in the clear.
+        is_nec = settings.nec and len(token) == 1
+        wish = token if is_nec else context.unwrap(token)[0]
+        # As Dante: in the clear only where the rule says so, as RFC 1961 does not have it.
+        allowed = settings.enctypes or ("integrity", "confidentiality")
+        asked = PROTECTIONS[wish[0]] if len(wish) == 1 and wish[0] < len(PROTECTIONS) else "nothing known"
+        if asked not in allowed:
+            raise ProtocolError(
+                f"the client requests different protection from what we offer: {asked}, "
+                f"not {' or '.join(allowed)}"
+            )
+        self.stream.send(encode_gssapi(GSSAPI_LEVEL, wish if is_nec else context.wrap(wish, 0)), deadline)
+        return wish[0]
+
+    def find_protection_fault(self, rule: Rule) -> str:
+        """Return why the client's protection is not enough for a rule, or "".
+
+        Unlike Dante, for which gssapi.enctype counts in client-rules only.
+        """
+        level = PROTECTIONS[self.seal.level if self.seal is not None else 0]
+        if level in (rule.gssapi.enctypes or PROTECTIONS):
+            return ""
+        return f"gssapi protection is {level}, and not {' or '.join(rule.gssapi.enctypes)}"
+
+    def client_side(self) -> Side:
+        """Return the client's side of a relay."""
+        title = "local client"
+        return SealedSide(self.connection, title, self.seal) if self.seal else Side(self.connection, title)
+
     def password_rule(self, method: str) -> Rule:
         """Return a rule that says by which service a password is checked."""
         return next((r for r in self.config.socks_rules if method in r.socksmethods), self.client_rule)
@@ -8276,6 +8831,8 @@ class Session:
         """
         if method in ("none", ""):
             return ""
+        if method == "gssapi":
+            return self.find_protection_fault(rule)
         if method == "rfc931":
             user_name = self.lookup.ident_answer or ""
             known = self.lookup.user_exists(user_name)
@@ -8642,6 +9199,8 @@ def run_relay(session: Session, records: TcpRecords, client: Side, target: Side)
     session.phase = "io"
     records.opened()
     client.peer, target.peer = target, client
+    if session.seal is not None:
+        target.may_splice = False  # what goes to the client has to be sealed
     early = bytes(session.stream.pending)
     session.stream.pending.clear()
     observe = records.observer()
@@ -8809,14 +9368,14 @@ class ConnectRequest:
         """Return the path from the client to a target that is connected; the session closes both ends."""
         session = self.session
         session.opened.append(connection)
-        pair = (Side(session.connection, "local client"), Side(connection, "remote peer"))
+        pair = (session.client_side(), Side(connection, "remote peer"))
         if self.way is None:
             self.bound = endpoint_of(connection.getsockname(), connection.family)
             far = f"{self.bound} {endpoint_of(connection.getpeername(), connection.family)}"
         else:
             # As Dante: the client is told the address that the upstream has told.
             self.bound, far = self.way.bound, self.way.describe(self.target)
-            pair[0].backlog = bytes(self.way.stream.pending)
+            pair[0].keep(bytes(self.way.stream.pending))
         session.record.connections.append(connection)
         session.set_own_options(rule)
         return TcpRecords(session, rule, self.event, session.record.side, far, pair)
@@ -9041,7 +9600,7 @@ class BindRequest:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(session.serving.keepalive))
         told = find_redirect(rule, session.client_rule, "bindreply").source
         session.reply(Reply.SUCCEEDED, redirected_endpoint(told, peer.port) if told else peer)
-        client_side, peer_side = Side(session.connection, "local client"), Side(connection, "remote peer")
+        client_side, peer_side = session.client_side(), Side(connection, "remote peer")
         near, local = session.record.side.split(" ")
         # As Dante: a bindreply is recorded from the peer's end.
         path = (f"{peer} {bound}", f"{local} {near}")
@@ -9182,9 +9741,8 @@ class RoutedBindRequest(BindRequest):
         """Tell the client who has come to the upstream, and move data until the end."""
         session = self.session
         session.reply(Reply.SUCCEEDED, peer)
-        client_side = Side(session.connection, "local client")
-        peer_side = Side(way.connection, "remote peer")
-        client_side.backlog = bytes(way.stream.pending)
+        client_side, peer_side = session.client_side(), Side(way.connection, "remote peer")
+        client_side.keep(bytes(way.stream.pending))
         near, local = session.record.side.split(" ")
         far = way._replace(bound=bound).describe(peer).split(" ")
         path = (" ".join(reversed(far)), f"{local} {near}")
@@ -9248,7 +9806,7 @@ class UdpRequest:
         for port in relay_ports(self.rule.udp_portrange):
             try:
                 relay.bind(socket_address(local._replace(port=port)))
-                return relay
+                return SealedSocket.over(relay, self.session.seal) if self.session.seal else relay
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     relay.close()
@@ -10351,20 +10909,20 @@ class Resolver:
 
 
 class Warden:
-    """Checks passwords, binds ports and asks libwrap, with the power for it.
+    """Checks passwords and Kerberos tickets, binds ports and asks libwrap, with the power for it.
 
     Each check runs in a child: what a PAM module does there, sleeping, crashing or keeping
     the password, ends with the child.
     """
 
-    granted = frozenset({Favour.PASSWORD, Favour.BIND, Favour.WRAP})
+    granted = frozenset({Favour.PASSWORD, Favour.BIND, Favour.WRAP, Favour.ACCEPT})
 
     def __init__(
-        self, config: Config, log: Log, commander: Account | None = None, daemon: str = "sockd"
+        self, config: Config, log: Log, accounts: Accounts = (None, None, None), daemon: str = "sockd"
     ) -> None:
         self.config = config
         self.log = log
-        self.commander = commander  # as whom libwrap runs; None: as we are
+        _, self.reader, self.commander = accounts  # as whom tokens are read, and libwrap runs
         self.daemon = daemon  # the name that hosts.allow and hosts.deny have for us
         self.children: dict[int, str] = {}  # pid -> the client's address; "" if it checks no password
         self.failures = Failures()
@@ -10374,6 +10932,10 @@ class Warden:
             self.bind(question)
             return
         self.reap(len(self.children) >= VERIFIERS)
+        if question.favour == Favour.ACCEPT:
+            self.children[fork_verifier(lambda: self.accept(question))] = ""
+            question.answer.close()
+            return
         if question.favour == Favour.WRAP:
             self.children[fork_verifier(lambda: self.wrap(question))] = ""
             question.answer.close()
@@ -10432,6 +10994,24 @@ class Warden:
             return verify_pam(service.decode("latin-1"), user, password, client.decode("latin-1"))
         except (ImportError, OSError, ValueError) as error:
             return f"PAM cannot be asked: {error}"
+
+    def accept(self, question: Question) -> bool:
+        """Accept a token of GSS-API; in a child, which first takes the key table and gives its power up."""
+        number, token = question.fields
+        try:
+            settings = {str(rule.number).encode(): rule.gssapi for rule in self.config.client_rules}[number]
+            keytab = copy_keytab(settings.keytab)
+            drop_privileges(self.reader, "")
+            set_capabilities(0)
+            found = accept_context(settings.servicename, keytab, token)
+            if not 0 < len(found[1]) <= NAME_MAX:
+                raise GssError(f"the client's name has {describe_count(len(found[1]), 'byte')}")
+            question.reply([b"", *found])
+        except OSError as error:
+            question.reply([f"gssapi.keytab: {error.strerror}".encode("utf-8", "replace")[:255]])
+        except (KeyError, GssError) as error:
+            question.reply([str(error).encode("utf-8", "replace")[:255]])
+        return True
 
     def wrap(self, question: Question) -> bool:
         """Say whether libwrap lets a connection pass; in a child, as user.libwrap, and for good.
@@ -10552,6 +11132,17 @@ def find_missing_libraries(config: Config) -> tuple[Complaint, ...]:
     return ()
 
 
+def find_gssapi_faults(config: Config) -> tuple[Complaint, ...]:
+    """Complain of a GSS-API library that is missing."""
+    try:
+        if needs_gssapi(config):
+            load_gssapi()
+    except (OSError, AttributeError) as error:
+        text = f"method gssapi needs MIT Kerberos's {GSSAPI_LIBRARY}: {error}"
+        return (Complaint("error", text),)
+    return ()
+
+
 def find_libwrap_faults(config: Config) -> tuple[Complaint, ...]:
     """Complain of a libwrap that is missing, or of each line that it cannot carry out."""
     if not needs_libwrap(config):
@@ -10644,7 +11235,7 @@ def read_config(options: Options) -> tuple[Config | None, tuple[Complaint, ...]]
         config = log_everything(config)
     config, faults = load_all_credentials(config)
     more = (*faults, *find_unsupported(config), *find_unusable_externals(config))
-    more += (*find_missing_libraries(config), *find_libwrap_faults(config))
+    more += (*find_missing_libraries(config), *find_libwrap_faults(config), *find_gssapi_faults(config))
     return (None if more else config), (*complaints, *more)
 
 
@@ -10860,9 +11451,6 @@ def take_passed_sockets(
 
 # ---- the mother
 
-# user.privileged, user.unprivileged and user.libwrap; None where we stay who we are, or need none.
-Accounts = tuple[Account | None, Account | None, Account | None]
-
 
 class Mother:
     """Owns listeners, children, pid file and signals; lives in the main thread of the first process."""
@@ -11068,6 +11656,8 @@ class Mother:
         if self.counts is not None:
             self.counts.number = number - 1
         worker = Worker(self.serving(), tuple(self.listeners.values()), control)
+        if needs_gssapi(self.config):
+            preload_gssapi()
         prefer_throughput()
         limit_arenas()
         drop_privileges(self.accounts[1], self.options.chroot or self.config.chroot)
@@ -11088,7 +11678,7 @@ class Mother:
             listener.close()
         if self.accounts[0] is not None:
             become_privileged(self.accounts[0])
-        warden = Warden(self.config, self.log, self.accounts[2], self.log.program)
+        warden = Warden(self.config, self.log, self.accounts, self.log.program)
         return run_helper(self.serving(), self.warden_inbox[0], control, warden)
 
     def order(self, child: Child, order: Order) -> None:

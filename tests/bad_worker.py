@@ -230,12 +230,16 @@ FIELDS: dict[int, list[list[bytes]]] = {
     sockd.Favour.GROUPS: [TEXTS],
     sockd.Favour.PASSWORD: [METHODS, SERVICES, TEXTS, TEXTS, HOSTS, HOSTS],
     sockd.Favour.BIND: [[b"tcp", b"udp", b"sctp"], ADDRESSES, NUMBERS],
+    sockd.Favour.ACCEPT: [
+        [b"", b"1", b"2"],
+        [b"", b"junk", b"\x60\x03\x06\x01\x2a", b"\x60" + bytes(60_000)],
+    ],
     sockd.Favour.WRAP: [
         [b"hosts_access", b"client", b"socks", b"spawn id"],
         [b"", b"0", b"1", b"2", b"99999"],
     ],
 }
-MESSAGE_KINDS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 255)
+MESSAGE_KINDS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 255)
 
 
 def make_field(chance: random.Random) -> bytes:

@@ -141,6 +141,7 @@ DIFFERENCES = {
     "find_accounts": "Not as root",
     "admit": "libwrap",
     "become_commander": "libwrap",
+    "find_protection_fault": "GSS-API",
     "on_hup": "SIGHUP",
     "find_redirect": "Redirected replies",
     "renew_counts": "Counts and reloads",

@@ -137,7 +137,7 @@ NOT_BUILT = {
 OPTIONAL = {
     "hostid-rule": "hostid pass",
     "method-bsdauth-nolib": "socksmethod: bsdauth",
-    "method-gssapi-nolib": "socksmethod: gssapi",
+    "method-gssapi-nolib": "socksmethod",
     "socks-gssapi-nolib": "gssapi.servicename",
 }
 # danted lacks the module for these, and refuses them.
