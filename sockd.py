@@ -395,6 +395,26 @@ class Route(NamedTuple):
     socket_options: tuple[SocketOption, ...] = ()
 
 
+class Step(NamedTuple):
+    """One upstream on a path, and how it is spoken to."""
+
+    upstream: Endpoint
+    protocol: str  # one of PROXY_PROTOCOLS
+    hop: Hop
+
+
+class Path(NamedTuple):
+    """One way to a target that a route allows: the upstreams to pass through, the nearest first.
+
+    No steps: direct.  `addresses` are those of the target's that the route is for; () where only the last
+    upstream will resolve its name.
+    """
+
+    route: Route
+    steps: tuple[Step, ...] = ()
+    addresses: tuple[Endpoint, ...] = ()
+
+
 class Alarm(NamedTuple):
     """One alarm of a monitor: `kind` "data", "disconnect" or "mtu-error"."""
 
@@ -517,6 +537,7 @@ class Decision(NamedTuple):
     reason: str = ""
     addresses: tuple[Endpoint, ...] = ()
     method: str = ""
+    paths: tuple[Path, ...] = ()  # of a datagram, where there are routes; without addresses
 
 
 # ============================== 3. Scanner ==============================
@@ -2776,7 +2797,7 @@ def finish_monitor(parser: Parser, draft: Draft, number: int) -> Monitor:
 # What can be asked of a proxy (SOCKS 4; RFC 1928 section 4; RFC 9110 section 9.3.6).
 COMMANDS_OF_PROXY = {
     "socks_v4": frozenset({"connect", "bind"}),
-    "socks_v5": frozenset({"connect", "bind"}),
+    "socks_v5": frozenset({"connect", "bind", "udpassociate"}),
     "http": frozenset({"connect"}),
     "upnp": frozenset({"connect"}),
 }
@@ -3360,26 +3381,6 @@ def could_be_meant(rule: Rule, target: Endpoint) -> bool:
         and rule.target.kind in HIDDEN_KINDS
         and match_port(rule.target.port, target.port)
     )
-
-
-class Step(NamedTuple):
-    """One upstream on a path, and how it is spoken to."""
-
-    upstream: Endpoint
-    protocol: str  # one of PROXY_PROTOCOLS
-    hop: Hop
-
-
-class Path(NamedTuple):
-    """One way to a target that a route allows: the upstreams to pass through, the nearest first.
-
-    No steps: direct.  `addresses` are those of the target's that the route is for; () where only the last
-    upstream will resolve its name.
-    """
-
-    route: Route
-    steps: tuple[Step, ...] = ()
-    addresses: tuple[Endpoint, ...] = ()
 
 
 DIRECT = Route(0, EVERYWHERE, EVERYWHERE, commands=frozenset(COMMANDS), protocols=frozenset({"tcp", "udp"}))
@@ -7579,6 +7580,10 @@ class Packet(NamedTuple):
     target: Endpoint | None
 
 
+# What tells the external sockets of an association apart: a `redirect from`, or the upstreams to go through.
+Outside = RuleAddress | tuple[Path, ...] | None
+
+
 class UdpEvents(Protocol):
     """What a UDP association asks of its session: verdicts, addresses, and records."""
 
@@ -7588,13 +7593,11 @@ class UdpEvents(Protocol):
 
     def judge_reply(self, sender: Endpoint, client: Endpoint) -> Decision: ...
 
-    def source_for(self, decision: Decision) -> RuleAddress | None:
-        """Return the `redirect from` of a datagram."""
+    def source_for(self, decision: Decision) -> Outside:
+        """Return how a datagram leaves."""
         ...
 
-    def open_external(
-        self, source: RuleAddress | None, target: Endpoint, client: Endpoint
-    ) -> socket.socket: ...
+    def open_external(self, source: Outside, target: Endpoint, client: Endpoint) -> socket.socket: ...
 
     def log_datagram(self, decision: Decision, packet: Packet, data: bytes) -> None: ...
 
@@ -7634,9 +7637,16 @@ class UdpPath:
         """Return the target if there was just one, as Dante's closing record wants it."""
         return next(iter(self.targets)) if len(self.targets) == 1 else UNSPECIFIED
 
+    def expects(self, sender: Endpoint) -> bool:
+        """Tell whether a socket connected to the only target, where there is just one, would take this.
+
+        A name that an upstream has resolved could be anybody.
+        """
+        return len(self.targets) != 1 or sender in self.targets or not self.only_target().family
+
 
 class UdpRelay:
-    """A UDP association: one socket on the client's side, one for each family and `redirect from` outside.
+    """A UDP association: one socket on the client's side, one for each family and Outside.
 
     Ends with the control connection (RFC 1928 section 7) or after timeout.io.udp.  A datagram that
     cannot be relayed is dropped, logged, and nothing more.  Owned by its session's thread.
@@ -7659,7 +7669,7 @@ class UdpRelay:
         self.events = events
         self.idle_seconds = timeouts.io_udp or NO_DEADLINE
         self.connect_targets = connect_targets
-        self.paths: dict[tuple[int, RuleAddress | None], UdpPath] = {}  # family, redirect from -> path
+        self.paths: dict[tuple[int, Outside], UdpPath] = {}  # by family
         self.path_of: dict[int, UdpPath] = {}  # descriptor -> path
         self.verdicts: dict[tuple[str, Endpoint], Decision] = {}
         # What needs neither a verdict nor a record any more, by the bytes and addresses as they come:
@@ -7716,7 +7726,9 @@ class UdpRelay:
             elif address in self.inward:
                 self._pass_in(path, data, *self.inward[address])
             else:
-                self._from_target(path, data, endpoint_of(address, connection.family))
+                # Through an upstream of one family the other one is reached, too.
+                family = socket.AF_INET if len(address) == 2 else socket.AF_INET6
+                self._from_target(path, data, endpoint_of(address, family))
         return ""
 
     def _pay(self, budget: Budget, connection: socket.socket) -> bool:
@@ -7864,7 +7876,7 @@ class UdpRelay:
         if header == UDP_HEADER_BYTES.get(data[3]) and decision.rule.log.isdisjoint(LOGS_DATAGRAMS):
             remember(self.outward, data[:header], (path, socket_address(address)))
 
-    def _path_for(self, target: Endpoint, source: RuleAddress | None) -> UdpPath:
+    def _path_for(self, target: Endpoint, source: Outside) -> UdpPath:
         """Return the path for a target, opened when the first of its kind is used."""
         path = self.paths.get((target.family, source))
         if path is None:
@@ -7877,7 +7889,7 @@ class UdpRelay:
 
     def _from_target(self, path: UdpPath, data: bytes, sender: Endpoint) -> None:
         """Relay or drop a datagram that came in from outside."""
-        if self.connect_targets and len(path.targets) == 1 and sender not in path.targets:
+        if self.connect_targets and not path.expects(sender):
             return  # udp.connectdst: as if the socket were connected to its only target
         decision = self.verdicts.get(("in", sender))
         if decision is None:
@@ -8260,6 +8272,83 @@ class Upstreams:
         with self.lock:
             for step in path.steps:
                 self.sessions[step.upstream] -= 1
+
+
+class Association(NamedTuple):
+    """UDP associations at the upstreams of a path, each reached through those before it."""
+
+    path: Path
+    controls: tuple[socket.socket, ...]
+    relays: tuple[Endpoint, ...]  # the first one is sent to, the others stand in headers
+
+    def is_over(self) -> bool:
+        """Tell whether an upstream has ended its part, which it does by closing (RFC 1928 section 7)."""
+        poller = select.poll()
+        for control in self.controls:
+            poller.register(control.fileno(), select.POLLIN)
+        return bool(poller.poll(0))
+
+    def close(self) -> None:
+        for control in self.controls:
+            control.close()
+
+
+class UpstreamUdp(socket.socket):
+    """A UDP socket by which datagrams go through upstreams: sendto and recvfrom deal with the headers.
+
+    When an upstream ends the association, the next datagram asks for another one.
+    """
+
+    def __init__(
+        self, plain: socket.socket, association: Association, renew: Callable[[], Association]
+    ) -> None:
+        """Take over a bound socket and an association; `renew` may raise Refused or OSError."""
+        super().__init__(plain.family, plain.type, plain.proto, plain.detach())
+        self.association = association
+        self.renew = renew
+        self.setblocking(False)
+        self.connect(socket_address(association.relays[0]))
+
+    def sendto(self, data: bytes, address: tuple) -> int:  # type: ignore[override, type-arg]
+        """Send data to a target; return its length without the headers.  OSError."""
+        if self.association.is_over():
+            self._associate()
+        host, port = address[0], address[1]
+        literal = find_literal(host)
+        target = literal._replace(port=port) if literal else Endpoint(host, port, 0)
+        headers = b"".join(map(encode_udp_header, (*self.association.relays[1:], target)))
+        self.send(headers + data)
+        return len(data)
+
+    def _associate(self) -> None:
+        try:
+            renewed = self.renew()
+        except Refused as refusal:
+            raise OSError(errno.ENETUNREACH, str(refusal)) from None
+        self.association.close()
+        self.association = renewed
+        self.connect(socket_address(renewed.relays[0]))
+
+    def recvfrom(self, size: int, flags: int = 0) -> tuple[bytes, tuple]:  # type: ignore[type-arg]
+        """Return a datagram and its sender; OSError also for one that is not as it should be."""
+        data = self.recv(size, flags)
+        try:
+            for relay in self.association.relays[1:]:
+                sender, used = decode_udp(data)
+                if sender != relay:
+                    raise ProtocolError("not from the next upstream")
+                data = data[used:]
+            sender, used = decode_udp(data)
+        except ProtocolError as error:
+            raise OSError(errno.EPROTO, str(error)) from None
+        if not sender.family:
+            raise OSError(errno.EPROTO, "from a name")
+        return data[used:], socket_address(sender)
+
+    def close(self) -> None:
+        """Close the socket and end the association."""
+        self.association.close()
+        super().close()
 
 
 def describe_chain_failure(failure: PathFailed) -> str:
@@ -9878,32 +9967,41 @@ class UdpRequest:
         session = self.session
         if target.host in IP_ANY and target.family:
             raise Refused(f"could not resolve target address {target}.  Non-DNS error: no system error ")
-        addresses: tuple[Endpoint, ...] = (target,)
+        addresses = self.find_addresses(target)
+        decision = session.decide(session.facts("udpassociate", target, addresses)._replace(source=client))
+        if decision.verdict == "block":
+            return decision
+        decision = session.redirect(decision, "udpassociate", target.port)
+        return self.route(decision, target, addresses)
+
+    def find_addresses(self, target: Endpoint) -> tuple[Endpoint, ...]:
+        """Return the addresses of a target, each of which the rules will see; Refused."""
+        session = self.session
         if target.family == 0:
             check_host_name(target.host)
             found, fault = session.lookup.resolve(target.host)
             if not found:
                 raise Refused(f"could not resolve target address {describe_endpoint(target)}: {fault} ")
-            addresses = tuple(address._replace(port=target.port) for address in found)
-        elif target.family not in external_families(session.config, session.lookup):
+            return tuple(address._replace(port=target.port) for address in found)
+        if target.family not in external_families(session.config, session.lookup):
             raise Refused(
                 f"packet for IPv{target.family} address target, but no IPv{target.family} address configured "
                 "for our usage on the external interface "
             )
-        decision = session.decide(session.facts("udpassociate", target, addresses)._replace(source=client))
-        return (
-            session.redirect(decision, "udpassociate", target.port)
-            if decision.verdict == "pass"
-            else decision
-        )
+        return (target,)
+
+    def route(self, decision: Decision, target: Endpoint, addresses: tuple[Endpoint, ...]) -> Decision:
+        """Return a decision with the way that a datagram takes."""
+        return decision
 
     def judge_reply(self, sender: Endpoint, client: Endpoint) -> Decision:
         return self.session.decide(self.session.facts("udpreply", client)._replace(source=sender))
 
-    def source_for(self, decision: Decision) -> RuleAddress | None:
+    def source_for(self, decision: Decision) -> Outside:
         return find_redirect(decision.rule, self.session.client_rule, "udpassociate").source
 
-    def open_external(self, source: RuleAddress | None, target: Endpoint, client: Endpoint) -> socket.socket:
+    def open_external(self, source: Outside, target: Endpoint, client: Endpoint) -> socket.socket:
+        assert source is None or isinstance(source, RuleAddress)
         connection = self.session.open_from(source, target, socket.SOCK_DGRAM, client)
         self.session.set_options(connection, self.rule, "external")
         return connection
@@ -9974,18 +10072,93 @@ class Bounce:
 
 
 class RoutedUdpRequest(UdpRequest):
-    """UDP ASSOCIATE where there are routes."""
+    """UDP ASSOCIATE where there are routes: each target has its own."""
 
     def run(self) -> None:
         session, target = self.session, self.request.target
         decision = session.decide(session.facts("udpassociate", None))
-        if decision.verdict == "pass" and not session.find_paths("udpassociate", None):
-            text = "serverchain failed: " + NO_UPSTREAM_COMMAND.format("udpassociate")
-            session.authenticated_by(decision.method)
-            session.record.request_failed(decision.rule, self.event, "", text)
-            session.reply(Reply.NETWORK_UNREACHABLE, target)
+        if decision.verdict == "block" or session.find_paths("udpassociate", None):
+            super().run()
             return
-        super().run()
+        session.authenticated_by(decision.method)
+        text = "serverchain failed: " + NO_UPSTREAM_COMMAND.format("udpassociate")
+        if not LOGS_AN_ERROR.isdisjoint(decision.rule.log):
+            rest = f"{describe_endpoint(target)} {UNSPECIFIED}: {text}"
+            session.record.write("block", decision.rule, self.event, "]", rest)
+        session.record.refused_above(REQUEST_NOT_PERFORMED + text, wanted=LOGS_AN_ERROR)
+        session.reply(Reply.NETWORK_UNREACHABLE, target)
+
+    def find_addresses(self, target: Endpoint) -> tuple[Endpoint, ...]:
+        if not target.family:
+            return self.session.resolve("udpassociate", target)
+        if self.session.find_paths("udpassociate", target, (target,)):
+            return (target,)
+        return super().find_addresses(target)
+
+    def route(self, decision: Decision, target: Endpoint, addresses: tuple[Endpoint, ...]) -> Decision:
+        session = self.session
+        pattern = find_redirect(decision.rule, session.client_rule, "udpassociate").target
+        if pattern is not None:
+            target, addresses = redirected_endpoint(pattern, target.port), decision.addresses
+        paths = session.find_paths("udpassociate", target, decision.addresses)
+        if paths and not paths[0].steps and paths[0].addresses:
+            return decision._replace(addresses=paths[0].addresses, paths=paths[:1])
+        upward = tuple(path for path in paths if path.steps)
+        if not upward:
+            raise Refused(NO_ROUTE)
+        named = Errand("udpassociate", target, addresses).target_by(upward[0])
+        stripped = tuple(path._replace(addresses=()) for path in upward)
+        return decision._replace(addresses=(named,), paths=stripped)
+
+    def source_for(self, decision: Decision) -> Outside:
+        route = decision.paths[0].route
+        if decision.paths[0].steps:
+            return decision.paths
+        return route.redirect.source if route.redirect is not None else super().source_for(decision)
+
+    def open_external(self, source: Outside, target: Endpoint, client: Endpoint) -> socket.socket:
+        if source is None or isinstance(source, RuleAddress):
+            return super().open_external(source, target, client)
+        association = self.associate(source)
+        route = association.path.route
+        pattern = route.redirect.source if route.redirect is not None else None
+        try:
+            plain = super().open_external(pattern, association.relays[0], client)
+            self.session.set_options(plain, route, "external")
+            return UpstreamUdp(plain, association, lambda: self.associate(source))
+        except BaseException:
+            association.close()
+            raise
+
+    def associate(self, paths: tuple[Path, ...]) -> Association:
+        """Return an association at the upstreams of one of the paths; Refused."""
+        ways: list[Way] = []
+        try:
+            ways.append(self.session.open_way(self.rule, paths, "udpassociate", UNSPECIFIED))
+            last = ways[0]
+            for count in range(len(last.path.steps) - 1, 0, -1):
+                part = last.path._replace(steps=last.path.steps[:count])
+                ways.insert(0, self.session.open_way(self.rule, (part,), "udpassociate", UNSPECIFIED))
+        except (PathFailed, PeerGone) as failure:
+            for way in ways:
+                way.connection.close()
+            text = describe_chain_failure(failure) if isinstance(failure, PathFailed) else str(failure)
+            raise Refused(text) from None
+        if "connect" in self.rule.log:
+            rest = f"{self.session.record.side} -> {last.describe(UNSPECIFIED)}"
+            self.session.record.write("pass", self.rule, self.event, "-", rest)
+        relays = tuple(self.find_relay(way) for way in ways)
+        return Association(last.path, tuple(way.connection for way in ways), relays)
+
+    def find_relay(self, way: Way) -> Endpoint:
+        """Return where an upstream takes datagrams: at its own address.
+
+        The one in its reply would let it choose whom we send to.
+        """
+        host = way.path.steps[-1].upstream
+        if len(way.path.steps) == 1:
+            host = endpoint_of(way.connection.getpeername(), way.connection.family)
+        return host._replace(port=way.bound.port)
 
 
 REQUESTS: dict[str, type[ConnectRequest | BindRequest | UdpRequest]] = {

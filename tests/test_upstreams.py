@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
+import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from client import BIND, CONNECT, GRANTED, NO_METHOD, PASSWORD_METHOD, Client
+from client import BIND, CONNECT, GRANTED, NO_METHOD, PASSWORD_METHOD, Client, UdpClient, wrap
 from conftest import Factory
 from more_peers import rule, run_all, wait_for_line, wait_for_record
 from peers import TcpPeer
-from servers import Server, Sockd, World, check_configuration, eventually
+from servers import Server, Sockd, World, check_configuration, eventually, need_danted
 from test_clients import (
     SSH_USER,
     sshd,  # noqa: F401 (a fixture)
@@ -868,3 +871,277 @@ def test_peer_of_a_bind_there_is_judged(sockd: Factory) -> None:
             assert client.open5(BIND, "0.0.0.0", 0).code == 0
             assert client.read_reply5().code == FORBIDDEN
             wait_for_line(server, client.address, "block(2): tcp/bindreply ]")
+
+
+# ------------------------------ UDP ------------------------------
+
+UDP_ROUTE = {"proxyprotocol": "socks_v5", "command": "connect udpassociate"}
+
+
+@contextlib.contextmanager
+def associated(server: Server) -> Iterator[tuple[Client, UdpClient, tuple[str, int]]]:
+    """Give a client with an association: its connection, its UDP socket, and the relay."""
+    with Client(server.addresses[0]) as client, UdpClient() as udp:
+        reply = client.open5(3, "0.0.0.0", 0)
+        assert reply.code == 0
+        yield client, udp, (reply.host, reply.port)
+
+
+@pytest.mark.parametrize("kind", ["sockd", "danted"])
+def test_datagrams_go_through_an_upstream(
+    sockd: Factory, kind: str, peer: StartPeer, request: pytest.FixtureRequest
+) -> None:
+    target = peer("udp-echo")
+    other: Server = request.getfixturevalue(kind)(HEAD + PASS)
+    server = sockd(HEAD + PASS + route(other.addresses[0], **UDP_ROUTE))
+    with associated(server) as (client, udp, relay):
+        for data in (b"one", b"two", b"x" * 9000):
+            udp.send(relay, *target.address, data)
+            answer = udp.receive(relay)
+            assert (answer.host, answer.port, answer.data) == (*target.address, data)
+        assert wait_for_line(server, client.address, "udp/udpassociate -: ", f" 127.0.0.1.{other.port} [")
+    assert wait_for_record(other, "udp/udpassociate ]: ", f" 127.0.0.1.{target.port} -> 9006/3")
+
+
+def test_datagrams_go_through_a_chain(sockd: Factory, peer: StartPeer) -> None:
+    targets = [peer("udp-echo") for _ in range(2)]
+    servers = [sockd(HEAD + PASS) for _ in range(3)]
+    hops = route(*(other.addresses[0] for other in servers), **UDP_ROUTE)
+    with associated(sockd(HEAD + PASS + hops)) as (_, udp, relay):
+        for target in targets:
+            udp.send(relay, *target.address, b"ping")
+            answer = udp.receive(relay)
+            assert (answer.port, answer.data) == (target.port, b"ping")
+    assert wait_for_record(servers[2], "udp/udpassociate ]: ", "-> 8/2: ")
+
+
+def test_names_in_datagrams_are_resolved_at_the_upstream(
+    sockd: Factory, private_world: World, peer: StartPeer
+) -> None:
+    target = peer("udp-echo")
+    other = sockd(HEAD + PASS, world=private_world)
+    rules = rule("client pass", "from: 0/0 to: 0/0", LOG)
+    asked = "command: udpassociate"
+    for verdict, to in (("pass", ".test"), ("block", "127.0.0.0/8"), ("pass", "0/0")):
+        rules += rule(f"socks {verdict}", f"from: 0/0 to: {to}", asked, LOG)
+    rules += rule("socks pass", "from: 0/0 to: 0/0", "command: udpreply", LOG)
+    by_proxy = route(other.addresses[0], **UDP_ROUTE, resolve="there")
+    server = sockd(HEAD + rules + by_proxy)  # which knows no echo.test
+    with associated(server) as (_, udp, relay):
+        udp.send(relay, "echo.test", target.port, b"ping")
+        answer = udp.receive(relay)
+        assert (answer.host, answer.port, answer.data) == (*target.address, b"ping")
+        udp.send(relay, "localhost", target.port, b"blocked")
+        wait_for_record(server, "block(2): udp/udpassociate -", "localhost")
+        assert len(target.seen) == 1
+
+
+def test_datagrams_take_the_route_of_their_target(sockd: Factory, peer: StartPeer) -> None:
+    near, far = peer("udp-echo"), peer("udp-echo", "127.0.0.2")
+    other = sockd(HEAD + PASS)
+    server = sockd(
+        HEAD + PASS + direct("127.0.0.1/32") + route(other.addresses[0], to="127.0.0.2/32", **UDP_ROUTE)
+    )
+    with associated(server) as (_, udp, relay):
+        for target in (near, far, near, far):
+            udp.send(relay, *target.address, b"ping")
+            assert udp.receive(relay).port == target.port
+        udp.send(relay, "127.0.0.3", 9, b"nowhere")
+        wait_for_record(server, "127.0.0.3.9: ", "no usable serverchain route to target found")
+        assert near.seen[0][1][1] != far.seen[0][1][1]
+    assert wait_for_record(other, "udp/udpassociate ]: ", f" 127.0.0.2.{far.port} -> 8/2")
+
+
+def test_association_outlives_its_upstream(sockd: Factory, peer: StartPeer) -> None:
+    target = peer("udp-echo")
+    first, second = sockd(HEAD + PASS), sockd(HEAD + PASS)
+    server = sockd(HEAD + PASS + either(first, second, command="udpassociate"))
+    with associated(server) as (_, udp, relay):
+        udp.send(relay, *target.address, b"one")
+        assert udp.receive(relay).data == b"one"
+        first.stop()
+        udp.send(relay, *target.address, b"two")
+        assert udp.receive(relay).data == b"two"
+    assert wait_for_record(second, "udp/udpassociate ]: ", f" 127.0.0.1.{target.port} -> 3/1")
+
+
+@pytest.mark.parametrize(
+    "datagram",
+    [
+        b"",
+        b"\0\0",
+        b"\0\0\1\1\x7f\0\0\1\0\x09late",
+        b"\0\0\0\x05x",
+        b"\0\0\0\3\4evil\0\x50name",
+        b"\0\0\0\1\x7f\0",
+    ],
+    ids=["empty", "short", "fragment", "address-type", "name", "cut"],
+)
+def test_hostile_datagrams_of_an_upstream_are_dropped(sockd: Factory, datagram: bytes) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as relay_there:
+        relay_there.bind(("127.0.0.1", 0))
+        relay_there.settimeout(10)
+        # A host of its own choice in the reply is not believed.
+        bound = b"\x05\0\0\1\xc0\0\2\1" + struct.pack("!H", relay_there.getsockname()[1])
+        with upstream(METHOD_NONE, bound) as proxy:
+            server = sockd(HEAD + PASS + route(proxy.address, **UDP_ROUTE))
+            with associated(server) as (_, udp, relay):
+                udp.send(relay, *TARGET, b"ping")
+                data, sender = relay_there.recvfrom(999)
+                assert data == wrap(*TARGET, b"ping")
+                relay_there.sendto(datagram, sender)
+                relay_there.sendto(wrap(*TARGET, b"pong"), sender)
+                assert udp.receive(relay).data == b"pong"
+
+
+def test_datagrams_without_an_upstream_are_dropped(sockd: Factory, peer: StartPeer) -> None:
+    dead = peer("refuser")
+    server = sockd(HEAD + "route.maxfail: 0\n" + PASS + route(dead.address, **UDP_ROUTE))
+    with associated(server) as (client, udp, relay):
+        for _ in range(2):
+            udp.send(relay, *TARGET, b"ping")
+        text = "serverchain failed: could not connect to upstream proxyserver"
+        eventually(lambda: sum(text in message for message in server.messages) >= 2)
+        assert client.sock.getpeername()
+
+
+# ------------------------------ what README says ------------------------------
+
+# Row of README's table -> what it says of danted and of sockd, and the tests that show the latter.
+CHAINS = {
+    "CONNECT by SOCKS 5": ("yes", "yes", "test_upstream_is_asked_in_its_protocol"),
+    "CONNECT by SOCKS 4": ("yes", "yes", "test_upstream_is_asked_in_its_protocol"),
+    "CONNECT by HTTP": ("yes", "yes", "test_tinyproxy_is_an_upstream"),
+    "BIND": ("no", "by SOCKS 4 and 5", "test_bind_listens_at_the_upstream"),
+    "UDP ASSOCIATE": ("no", "by SOCKS 5", "test_datagrams_go_through_an_upstream"),
+    "a chain of several servers": ("CONNECT", "each command", "test_chain_of_several_servers"),
+    "several hops in one route": ("no", "up to 8", "test_several_hops_in_one_route_each_have_their_protocol"),
+    "a proxy that is dead": (
+        "fails the request", "the next one is tried", "test_session_that_meets_a_dead_upstream_succeeds"),
+    "balance of several proxies": (
+        "no", "at random, in turns, by fewest sessions", "test_balance_fewest_takes_the_idle_one"),
+    "names resolved by the proxy alone": ("no", "`resolve: there`", "test_resolve_says_who_resolves"),
+    "names that cannot be resolved here": ("refused", "left to the proxy", "test_resolve_says_who_resolves"),
+    "names by SOCKS 4A": ("no", "yes", "test_name_that_nobody_resolves_here_goes_by_socks_4a"),
+    "log-in with the client's password": (
+        "accepted, does not work", "yes, by SOCKS 5",
+        "test_password_of_the_client_is_passed_on_where_the_route_says_so"),
+    "log-in with a password from a file": (
+        "no", "`credentials`", "test_credentials_of_the_route_are_used_and_never_logged"),
+}  # fmt: skip
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_readme_has_the_table_of_what_is_chained() -> None:
+    lines = ["| through another proxy | danted 1.4.2 | sockd |", "|---|---|---|"]
+    lines += [f"| {row} | {theirs} | {ours} |" for row, (theirs, ours, _) in CHAINS.items()]
+    table = "\n".join(lines)
+    assert table in README.read_text(), f"README should have:\n{table}"
+    assert {test for _, _, test in CHAINS.values()} <= set(globals())
+
+
+@pytest.mark.dante
+@pytest.mark.parametrize(
+    "lines",
+    ["command: bind", "command: udpassociate", "via: 127.0.0.1 port = 1081", "balance: random",
+     "resolve: there", "credentials: /dev/null"],
+)  # fmt: skip
+def test_danted_has_no_such_route(lines: str, tmp_path: Path) -> None:
+    need_danted()
+    path = tmp_path / "danted.conf"
+    by_proxy = rule("route", "from: 0/0 to: 0/0 via: 127.0.0.1 port = 1080", "proxyprotocol: socks_v5", lines)
+    path.write_text("logoutput: stderr\n" + HEAD.replace("= 0", "= 1080") + PASS + by_proxy)
+    program = shutil.which("danted", path="/usr/sbin:/usr/local/sbin")
+    found = subprocess.run([str(program), "-V", "-f", path], capture_output=True, check=False, timeout=10)
+    assert found.returncode != 0
+
+
+@pytest.mark.dante
+def test_danted_refuses_what_the_table_says(danted: Factory, private_world: World, peer: StartPeer) -> None:
+    dead = peer("refuser")
+    with upstream(*FRIENDLY["socks_v5"]) as good, upstream(*FRIENDLY["socks_v4"]) as old:
+        config = HEAD + PASS + route(dead.address, to="192.0.2.1/32", proxyprotocol="socks_v5")
+        config += route(good.address, proxyprotocol="socks_v5") + route(old.address, to=".invalid")
+        server = danted(config, world=private_world)
+        assert fetch(server, "192.0.2.1", 80) == REFUSED
+        assert fetch(server, "private.invalid", 80) == UNREACHABLE
+        assert good.seen == []
+        assert old.seen == []
+    with upstream(*greet_with_password(b"alice", b"wonderland")) as proxy:
+        by_proxy = route(proxy.address, proxyprotocol="socks_v5", method="username")
+        server = danted(PASSWORDS + PASS + by_proxy, world=private_world)
+        with Client(server.addresses[0]) as client:
+            assert client.greet([PASSWORD_METHOD]) == PASSWORD_METHOD
+            assert client.authenticate(b"alice", b"wonderland") == 0
+            assert client.request5(CONNECT, *TARGET).code != 0
+
+
+# ------------------------------ the way to the upstream itself ------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rotation", "source"), [("none", "127.0.0.5"), ("route", "127.0.0.1"), ("same-same", "127.0.0.1")]
+)
+def test_connection_to_an_upstream_leaves_by_the_external_address(
+    sockd: Factory, rotation: str, source: str
+) -> None:
+    with upstream(*FRIENDLY["socks_v5"]) as proxy:
+        head = HEAD.replace(
+            "external: 127.0.0.1", f"external.rotation: {rotation}\nexternal: 127.0.0.5\nexternal: 127.0.0.1"
+        )
+        assert fetch(sockd(head + PASS + route(proxy.address, proxyprotocol="socks_v5")), *TARGET) == 0
+        assert proxy.seen[0].remote[0] == source
+
+
+def test_redirect_from_of_a_route_is_where_the_connection_to_the_upstream_begins(sockd: Factory) -> None:
+    with upstream(*FRIENDLY["socks_v5"]) as proxy:
+        items = ("from: 0/0 to: 0/0", f"via: 127.0.0.1 port = {proxy.port}", "proxyprotocol: socks_v5")
+        by_proxy = rule("route", *items, "redirect from: 127.0.0.9/32")
+        assert fetch(sockd(HEAD + PASS + by_proxy), *TARGET) == 0
+        assert proxy.seen[0].remote[0] == "127.0.0.9"
+
+
+def test_redirect_to_of_a_rule_is_what_an_upstream_is_asked_for(sockd: Factory) -> None:
+    with upstream(*FRIENDLY["socks_v5"]) as proxy:
+        rules = rule("client pass", "from: 0/0 to: 0/0", LOG)
+        rules += rule("socks pass", "from: 0/0 to: 0/0", "redirect to: 192.0.2.99 port = 99", LOG)
+        server = sockd(HEAD + rules + route(proxy.address, proxyprotocol="socks_v5"))
+        assert fetch(server, *TARGET) == 0
+        assert b"\5\1\0\1\xc0\0\2\x63\0\x63" in bytes(proxy.seen[0].data)
+
+
+def test_socket_options_of_a_route_are_set_on_the_way_to_the_upstream(sockd: Factory) -> None:
+    with upstream(*FRIENDLY["socks_v5"]) as proxy:
+        items = ("from: 0/0 to: 0/0", f"via: 127.0.0.1 port = {proxy.port}", "proxyprotocol: socks_v5")
+        server = sockd(HEAD + PASS + rule("route", *items, "external.tcp.tcp_maxseg: 700"))
+        assert fetch(server, *TARGET, b"x" * 3000) == 0
+        bad = sockd(HEAD + PASS + rule("route", *items, "external.socket.9999: 1"))
+        assert fetch(bad, *TARGET) == 0
+        assert wait_for_record(bad, "warning: could not set external.socket.9999")
+
+
+def test_upstream_with_a_name_is_found(sockd: Factory, private_world: World) -> None:
+    with upstream(*FRIENDLY["socks_v5"]) as proxy:
+        named = ("echo.test", proxy.port)
+        server = sockd(HEAD + PASS + route(named, proxyprotocol="socks_v5"), world=private_world)
+        assert fetch(server, *TARGET) == 0
+        lost = sockd(HEAD + PASS + route(("none.invalid", 1), proxyprotocol="socks_v5"), world=private_world)
+        assert fetch(lost, *TARGET) == UNREACHABLE
+
+
+def test_http_client_is_led_through_an_upstream(sockd: Factory, peer: StartPeer) -> None:
+    origin = peer("origin")
+    other = sockd(HEAD + PASS)
+    rules = rule("client pass", "from: 0/0 to: 0/0", LOG)
+    rules += rule("socks pass", "from: 0/0 to: 0/0", "proxyprotocol: http socks_v5", LOG)
+    server = sockd(HEAD + rules + route(other.addresses[0], proxyprotocol="socks_v5", balance="fewest"))
+    with Client(server.addresses[0]) as client:
+        for _ in range(2):
+            client.send(f"GET http://127.0.0.1:{origin.port}/ HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            answer = b""
+            while not answer.endswith(b"origin\n"):
+                piece = client.sock.recv(9999)
+                assert piece, answer
+                answer += piece
+    assert len(origin.seen) == 2
+    assert wait_for_record(other, "pass(1): tcp/connect ]: ", f" 127.0.0.1.{origin.port} -> ")
