@@ -690,17 +690,13 @@ NEEDS_UPNP = "it needs a UPnP library"
 # Keywords and values that are parsed but not acted upon: to support one, take its line out.
 # A value stands behind its keyword; a name that ends in a dot stands for all that begin so.
 UNSUPPORTED = {
-    "alarm.": NOT_YET,
     "child.": NOT_YET,
     "compatibility: draft-5.05": NOT_YET,
     "cpu.": NOT_YET,
     "extension": NOT_YET,
-    "external.alarm.": NOT_YET,
     "external.log.": NOT_YET,
-    "internal.alarm.": NOT_YET,
     "internal.log.": NOT_YET,
     "method: gssapi": NOT_YET,
-    "monitor": NOT_YET,
     "bsdauth.stylename": NEEDS_OPENBSD,
     "hostid": NEEDS_HOSTID,
     "hostid block": NEEDS_HOSTID,
@@ -3560,6 +3556,25 @@ class Policy:
             # As Dante: socks_v4, which has no names, comes last for them.
             found.sort(key=lambda path: bool(path.steps) and path.steps[-1].protocol == "socks_v4")
         return tuple(found)
+
+
+def find_monitor(monitors: Sequence[Monitor], facts: Facts, lookup: Lookup) -> Monitor | None:
+    """Return the first monitor that a request belongs to.
+
+    A UDP association, whose targets nobody knows yet, belongs to one that is about every target.
+    """
+    for monitor in monitors:
+        if facts.command not in monitor.commands or facts.protocol not in monitor.protocols:
+            continue
+        if match_address(monitor.source, facts.source, (), lookup) is None:
+            continue
+        if facts.target is None:
+            found = monitor.target.kind == "any" and monitor.target.port.operator == "any"
+        else:
+            found = match_address(monitor.target, facts.target, facts.addresses, lookup) is not None
+        if found:
+            return monitor
+    return None
 
 
 def choose_method(methods: tuple[str, ...], offered: Iterable[int]) -> int:
@@ -6790,6 +6805,12 @@ TURN_BYTES = 1460  # where the bandwidth is small a turn is larger, up to a pack
 LONGEST_TURN = 4  # ... and to this part of a second
 CATCH_UP_NANOSECONDS = NANOSECONDS // 10  # bandwidth unused for so long may be used later
 MOST_AHEAD_NANOSECONDS = 3600 * NANOSECONDS  # no queue of sessions is so long
+# The words of a monitor's row: bytes by side and direction, sessions, and what has gone wrong.
+INTERNAL_RECV, INTERNAL_SEND, EXTERNAL_RECV, EXTERNAL_SEND = range(4)
+LIVE, CONNECTED = 4, 5  # sessions; of these, those that neither side has closed
+DISCONNECTS = {"internal": 6, "external": 7}
+TOO_LARGE = {"internal": 8, "external": 9}  # datagrams
+METER_WORDS = 10
 KEY_WORDS = 3  # rule and family, and the two halves of an IPv6 address
 
 
@@ -6840,17 +6861,52 @@ class Place(NamedTuple):
     words: tuple[int, ...]
 
 
+class Meter:
+    """What one session adds to its monitor.  Owned by the session's thread."""
+
+    def __init__(self, counts: Counts, row: int) -> None:
+        self.counts = counts
+        self.row = row
+        self.moved = (0, 0, 0, 0)  # what has been counted of internal recv and send, external recv and send
+        self.connected = True
+        counts.add(((row + LIVE, 1), (row + CONNECTED, 1)))
+
+    def count(self, moved: tuple[int, int, int, int]) -> None:
+        """Count what the session has moved so far, in all."""
+        if moved != self.moved:
+            changes = [(self.row + what, moved[what] - self.moved[what]) for what in range(4)]
+            self.moved = moved
+            self.counts.add(changes)
+
+    def disconnect(self, side: str) -> None:
+        """Count that a side was the first to close the session, or broke."""
+        if self.connected:
+            self.connected = False
+            self.counts.add(((self.row + CONNECTED, -1), (self.row + DISCONNECTS[side], 1)))
+
+    def refuse_size(self, side: str) -> None:
+        """Count a datagram that is too large for the way that a side's would take."""
+        self.counts.add(((self.row + TOO_LARGE[side], 1),))
+
+    def close(self) -> None:
+        """Count one session less."""
+        self.counts.add(((self.row + LIVE, -1), (self.row + CONNECTED, -int(self.connected))))
+        self.connected = False
+
+
 class Counts:
     """The shared memory of one generation.  Made by the mother, shared by all threads of its workers.
 
     It is an array of 64-bit words.  A bandwidth is one of them: when the bytes promised so far will have been
-    paid for, in ns.  A gauge is START (of the throttle's time, in ns), TAKEN (sessions
-    since), and for each worker the sessions that it holds.  Each rule with limits has one, and so has
-    each entry of the table of sources, behind its key.
+    paid for, in ns.  A monitor has METER_WORDS for each worker: what its sessions have moved.  A gauge is
+    START (of the throttle's time, in ns), TAKEN (sessions since), and for each worker the sessions that it
+    holds.  Each rule with limits has one, and so has each entry of the table of sources, behind its key.
     """
 
-    def __init__(self, limited: Sequence[Rule], shared: Sequence[Rule], workers: int) -> None:
-        """Map the memory for rules that limit their sessions, and those with a bandwidth; OSError."""
+    def __init__(
+        self, limited: Sequence[Rule], shared: Sequence[Rule], monitors: Sequence[Monitor], workers: int
+    ) -> None:
+        """Map the memory for rules that limit sessions, those with a bandwidth, and monitors; OSError."""
         self.workers = workers
         self.number = 0  # of this worker, from 0
         self.gauge_words = 2 + workers
@@ -6860,7 +6916,9 @@ class Counts:
         self.entries = MOST_SOURCES if any(rule.session.state_key for rule in limited) else 0
         self.table_end = self.table + self.entries * self.entry_words
         self.bandwidths = {(r.kind, r.number): n for n, r in enumerate(shared, self.table_end)}
-        size = self.table_end + len(shared)
+        first = self.table_end + len(shared)
+        self.monitors = {m.number: first + n * workers * METER_WORDS for n, m in enumerate(monitors)}
+        size = first + len(monitors) * workers * METER_WORDS
         mmap = importlib.import_module("mmap")
         # Anonymous memory, as nobody can truncate that under the others.  What of the table is never
         # used never becomes memory.
@@ -6872,13 +6930,32 @@ class Counts:
     def forget(self, number: int) -> None:
         """Take back what a dead worker held.  Needs no lock: they are that worker's own words."""
         offset = 2 + number
+        for start in self.monitors.values():
+            for what in (LIVE, CONNECTED):
+                self.words[start + number * METER_WORDS + what] = 0
         for start in self.gauges.values():
             self.words[start + offset] = 0
         for entry in range(self.table, self.table_end, self.entry_words):
             if self.words[entry]:
                 self.words[entry + KEY_WORDS + offset] = 0
 
+    def read_monitor(self, number: int) -> tuple[int, ...]:
+        """Return the sums of a monitor's rows, over all workers."""
+        start = self.monitors[number]
+        end = start + self.workers * METER_WORDS
+        return tuple(sum(self.words[start + what : end : METER_WORDS]) for what in range(METER_WORDS))
+
     # --- the workers' side ---
+
+    def meter(self, monitor: Monitor) -> Meter:
+        """Return what counts one more session under a monitor."""
+        return Meter(self, self.monitors[monitor.number] + self.number * METER_WORDS)
+
+    def add(self, changes: Iterable[tuple[int, int]]) -> None:
+        """Change words of this worker's own: its threads' lock is enough."""
+        with self.lock.threads:
+            for word, change in changes:
+                self._add(word, change)
 
     def take(self, rule: Rule, client: Endpoint) -> Place:
         """Count one more session under a rule; Refused, in Dante's words, where that is one too many.
@@ -6898,10 +6975,8 @@ class Counts:
         return Place(tuple(gauge + 2 + self.number for gauge in gauges))
 
     def leave(self, place: Place) -> None:
-        """Count one session less.  The words are this worker's own, so its threads' lock is enough."""
-        with self.lock.threads:
-            for word in place.words:
-                self._add(word, -1)
+        """Count one session less."""
+        self.add((word, -1) for word in place.words)
 
     def _add(self, word: int, change: int) -> None:
         self.words[word] = min(max(self.words[word] + change, 0), MOST_COUNT)
@@ -6961,7 +7036,99 @@ def make_counts(config: Config, workers: int) -> Counts | None:
     rules = (*config.client_rules, *config.socks_rules)
     limited = [rule for rule in rules if limits_sessions(rule.session)]
     shared = [rule for rule in rules if rule.bandwidth]
-    return Counts(limited, shared, workers) if limited or shared else None
+    monitors = [monitor for monitor in config.monitors if monitor.alarms]
+    return Counts(limited, shared, monitors, workers) if limited or shared or monitors else None
+
+
+MTU_SECONDS = 5  # how often alarm.mtu-error is looked at
+ALARM_ORDER = ("disconnect", "data", "mtu-error")  # As Dante, within a monitor.
+
+
+class Watch:
+    """One alarm of one monitor.  Owned by the mother."""
+
+    def __init__(self, monitor: Monitor, alarm: Alarm, counts: Counts) -> None:
+        self.monitor = monitor
+        self.alarm = alarm
+        self.counts = counts
+        self.seconds = alarm.seconds or MTU_SECONDS
+        self.words: tuple[int, ...] = ()  # that the alarm is about
+        sides = "" if len(alarm.sides) == 2 else f" {alarm.sides[0]}"
+        if alarm.kind == "data":
+            ways = {
+                ("internal", "recv"): INTERNAL_RECV,
+                ("internal", "send"): INTERNAL_SEND,
+                ("external", "recv"): EXTERNAL_RECV,
+                ("external", "send"): EXTERNAL_SEND,
+            }
+            self.words = tuple(ways[side, way] for side in alarm.sides for way in alarm.directions)
+            sides += f".{alarm.directions[0]}" if len(alarm.directions) == 1 else ""
+        else:
+            table = DISCONNECTS if alarm.kind == "disconnect" else TOO_LARGE
+            self.words = tuple(table[side] for side in alarm.sides)
+        source, target = monitor.source, monitor.target
+        self.where = f"{source.text}{source.port} -> {target.text}{target.port}{sides}"
+        self.start(0.0)
+
+    def start(self, now: float) -> None:
+        """Begin anew: no alarm is raised, and the first time begins now."""
+        self.due = now + self.seconds
+        self.raised_at: float | None = None
+        self.before = self.counts.read_monitor(self.monitor.number)
+
+    def check(self, now: float) -> str:
+        """Return the record of what the time that ends now has brought, or ""."""
+        sums = self.counts.read_monitor(self.monitor.number)
+        # Less than before is the work of a worker that has gone wrong.
+        found = [max(0, new - old) for new, old in zip(sums, self.before, strict=True)]
+        self.before = sums
+        self.due = max(self.due + self.seconds, now)
+        amount = sum(found[word] for word in self.words)
+        if self.alarm.kind == "data":
+            return self._check_data(amount, sums[LIVE], now)
+        if self.alarm.kind == "disconnect":
+            total = sums[CONNECTED] + sum(found[word] for word in DISCONNECTS.values())
+            return self._check_disconnects(amount, total, sums[CONNECTED])
+        if not amount:
+            return ""
+        packets = describe_count(amount, "packet")
+        return self._describe("mtu-error", "]", f"{packets} too large for the path", sums[LIVE])
+
+    def _describe(self, kind: str, bracket: str, what: str, sessions: int) -> str:
+        head = f"monitor({self.monitor.number}): alarm/{kind} {bracket}"
+        return f"{head}: {self.where}: {what}.  Session count: {sessions}"
+
+    def _check_data(self, amount: int, sessions: int, now: float) -> str:
+        is_low = amount <= self.alarm.limit
+        if is_low == (self.raised_at is not None):
+            return ""
+        what = f"{amount}/{self.alarm.limit} in {self.seconds}s"
+        if self.raised_at is None:
+            self.raised_at = now
+            return self._describe("data", "[", what, sessions)
+        duration = now - self.raised_at
+        self.raised_at = None
+        return f"{self._describe('data', ']', what, sessions)}.  Alarm duration: {duration:.0f}s"
+
+    def _check_disconnects(self, amount: int, total: int, connected: int) -> str:
+        # Unlike Dante, which divides in whole numbers: there the ratio is only looked at where it is 1.
+        if amount < self.alarm.limit or amount * self.alarm.sessions < total * self.alarm.limit:
+            return ""
+        what = f"{amount}/{total} disconnects during last {self.seconds}s"
+        return self._describe("disconnect", "]", what, connected)
+
+
+def make_watches(config: Config, counts: Counts | None) -> list[Watch]:
+    """Return the alarms of a configuration, in the order in which Dante looks at them."""
+    if counts is None:
+        return []
+    return [
+        Watch(monitor, alarm, counts)
+        for monitor in config.monitors
+        for alarm in sorted(
+            monitor.alarms, key=lambda a: (ALARM_ORDER.index(a.kind), a.sides[0], a.directions)
+        )
+    ]
 
 
 class Budget:
@@ -7373,6 +7540,8 @@ class TcpRelay:
             client.most = target.most = MOST_RECORDED_BYTES
             client.may_splice = target.may_splice = False
         self.waiter = Waiter()
+        self.meter: Meter | None = None  # where a monitor is about the session
+        self.failed: Side | None = None
         self.budget: Budget | None = None  # where a rule has a bandwidth
         self.resume_at = 0.0  # while the budget is used up: when that is over
         self.unheard = False  # a side has closed both directions meanwhile
@@ -7385,14 +7554,16 @@ class TcpRelay:
         """Move data until the session ends; return the reason in Dante's words."""
         try:
             with self.waiter:
-                return self._run() if self.budget is None else self._run_paced(self.budget)
+                return self._run_watched() if self.budget or self.meter else self._run()
         except SideFailed as failure:
+            self.failed = failure.side
             failure.side.peer.reset()
             if failure.side.finished:
                 # Its FIN came first: the failure only says that nobody reads there any more.
                 return CLIENT_CLOSED if failure.side is self.client else TARGET_CLOSED
             return str(failure)
         finally:
+            self._count()
             self.client.leave_pipe()
             self.target.leave_pipe()
 
@@ -7436,12 +7607,13 @@ class TcpRelay:
                 self.masks[descriptor] = mask
                 self.waiter.watch(descriptor, mask)
 
-    def _run_paced(self, budget: Budget) -> str:
-        """_run, for a session that shares a bandwidth."""
+    def _run_watched(self) -> str:
+        """_run, for a session that shares a bandwidth or that a monitor is about."""
         for side in (self.client, self.target):
-            side.may_splice = side.may_splice and budget.turn >= BULK_BYTES
+            if self.budget is not None:
+                side.may_splice = side.may_splice and self.budget.turn >= BULK_BYTES
+                self.budget.give_back(-len(side.backlog))
             if side.backlog:
-                budget.give_back(-len(side.backlog))
                 side.send(side.backlog)
         self._watch()
         idle = self.timeouts.io_tcp or NO_DEADLINE
@@ -7450,19 +7622,45 @@ class TcpRelay:
             limit = min(active + idle, self.finished_at)
             events = self.waiter.wait(self._next_look(limit))
             now = time.monotonic()
-            if self.resume_at and (now >= self.resume_at or budget.cancelled):
-                self.resume_at, self.unheard, active = 0.0, False, now
-                self._watch()
-            elif not events and now >= limit and not self.resume_at:
-                return self._describe_timeout(active + idle)
-            # The side that was served last comes last, or one direction would take it all.
-            for side, mask in sorted(
-                ((self.sides[descriptor], mask) for descriptor, mask in events),
-                key=lambda event: event[0] is self.served,
-            ):
+            if events or self._resume(now):
                 active = now
-                self._serve_paced(budget, side, mask)
+            elif now >= limit and not self.resume_at:
+                return self._describe_timeout(active + idle)
+            self._serve_in_turn(events)
+            self._count()
         return CLIENT_CLOSED if self.first_to_finish is self.client else TARGET_CLOSED
+
+    def _serve_in_turn(self, events: list[tuple[int, int]]) -> None:
+        """_serve, but where there is a budget the side that was served last comes last.
+
+        Or one direction would take it all.
+        """
+        if self.budget is None:
+            for descriptor, mask in events:
+                self._serve(self.sides[descriptor], mask)
+            return
+        self._resume(time.monotonic())
+        found = [(self.sides[descriptor], mask) for descriptor, mask in events]
+        for side, mask in sorted(found, key=lambda event: event[0] is self.served):
+            self._serve_paced(self.budget, side, mask)
+
+    def _resume(self, now: float) -> bool:
+        """Go on if the budget has room again; tell whether it has just come to that."""
+        if not self.resume_at or self.budget is None or not (now >= self.resume_at or self.budget.cancelled):
+            return False
+        self.resume_at, self.unheard = 0.0, False
+        self._watch()
+        return True
+
+    def _count(self) -> None:
+        """Let the monitor know how far the session is."""
+        if self.meter is None:
+            return
+        client, target = self.client, self.target
+        self.meter.count((client.received, client.sent, target.received, target.sent))
+        gone = self.first_to_finish or self.failed
+        if gone is not None:
+            self.meter.disconnect("internal" if gone is client else "external")
 
     def _next_look(self, limit: float) -> float:
         """Return how long to wait for an event; to wait for the budget is not to be idle."""
@@ -7675,6 +7873,7 @@ class UdpRelay:
         # What needs neither a verdict nor a record any more, by the bytes and addresses as they come:
         self.outward: dict[bytes, tuple[UdpPath, tuple]] = {}  # type: ignore[type-arg]  # header -> path, target
         self.inward: dict[tuple, tuple[bytes, tuple]] = {}  # type: ignore[type-arg]  # sender -> header, receiver
+        self.meter: Meter | None = None  # where a monitor is about the association
         self.budget: Budget | None = None  # where a rule has a bandwidth
         self.resume_at = 0.0  # while it is used up: when that is over
         self.turn = 0  # which socket was the first to go on then
@@ -7699,11 +7898,15 @@ class UdpRelay:
                     ended = self._serve(descriptor, mask)
                     if ended:
                         return ended
+                if self.meter is not None:
+                    self._count(self.meter)
 
     def close(self) -> None:
         """Close the external sockets; control and relay belong to the session."""
         for path in self.paths.values():
             path.connection.close()
+        if self.meter is not None:
+            self._count(self.meter)
 
     def _serve(self, descriptor: int, mask: int) -> str:
         """Act on a readable socket; return a reason if that ends the association."""
@@ -7730,6 +7933,23 @@ class UdpRelay:
                 family = socket.AF_INET if len(address) == 2 else socket.AF_INET6
                 self._from_target(path, data, endpoint_of(address, family))
         return ""
+
+    def _count(self, meter: Meter) -> None:
+        """Let the monitor know how far the association is."""
+        paths = tuple(self.paths.values())
+        meter.count(
+            (
+                sum(path.client_sent_bytes for path in paths),
+                sum(path.client_received_bytes for path in paths),
+                sum(path.received_bytes for path in paths),
+                sum(path.sent_bytes for path in paths),
+            )
+        )
+
+    def _note_size(self, error: Exception, side: str) -> None:
+        """Let the monitor know of a datagram that was too large."""
+        if self.meter is not None and isinstance(error, OSError) and error.errno == errno.EMSGSIZE:
+            self.meter.refuse_size(side)
 
     def _pay(self, budget: Budget, connection: socket.socket) -> bool:
         """Pay for the next datagram of a socket; False where it has to wait, and all others with it."""
@@ -7780,7 +8000,8 @@ class UdpRelay:
         path.received_packets += 1
         try:
             path.client_received_bytes += self.relay.sendto(header + data, receiver)
-        except (OSError, TypeError):  # TypeError: a redirection into the other family
+        except (OSError, TypeError) as error:  # TypeError: a redirection into the other family
+            self._note_size(error, "internal")
             return  # too large with its header, or the client's port is gone: this datagram only
         path.client_received_packets += 1
 
@@ -7829,6 +8050,7 @@ class UdpRelay:
         except Refused as error:
             self.events.log_dropped(self._packet(target), str(error))
         except OSError as error:
+            self._note_size(error, "external")
             length = len(data) - header
             self.events.log_dropped(
                 self._packet(target), f"sendto of {length} bytes failed: {error.strerror}"
@@ -8670,6 +8892,7 @@ class Session:
         self.opened: list[socket.socket] = []  # closed, whatever happens, at the end
         self.request_rule = FINAL_SOCKS_BLOCK  # that let the request pass
         self.budget: Budget | None = None
+        self.meter: Meter | None = None
         self.admitted: Place | None = None  # held of the client-rule's session limits
         self.places: list[Place] = []  # held of those of socks-rules
         self.paths: list[Path] = []  # through upstreams, under way
@@ -8692,6 +8915,8 @@ class Session:
         self.leave_places()
         if self.budget is not None:
             self.budget.close()
+        if self.meter is not None:
+            self.meter.close()
 
     def abort(self) -> None:
         """Make the session end soon.  Called by the worker's main thread."""
@@ -8988,6 +9213,10 @@ class Session:
         if decision.verdict == "pass":
             self.request_rule = decision.rule
             decision = self.count(decision)
+        if decision.verdict == "pass" and self.config.monitors:
+            monitor = find_monitor(self.config.monitors, facts, self.lookup)
+            if monitor is not None and monitor.alarms and self.serving.counts is not None:
+                self.meter = self.serving.counts.meter(monitor)
         return decision
 
     def make_budget(self, rule: Rule) -> Budget | None:
@@ -9305,6 +9534,7 @@ def run_relay(session: Session, records: TcpRecords, client: Side, target: Side)
     session.describe_io = lambda: f"{records.near} <-> {records.far}: {client.received} <-> {target.received}"
     relay = TcpRelay(client, target, records.rule.timeouts, observe)
     relay.budget = session.make_budget(records.rule)
+    relay.meter = session.meter
     reason = relay.run()
     if session.stopping:
         reason = ENDED_BY_US
@@ -9446,6 +9676,8 @@ class ConnectRequest:
     def end_unconnected(self, rule: Rule, source: Endpoint, target: Endpoint, reason: str) -> None:
         """Record a connect that failed after it was under way.  As Dante: like the end of a session."""
         record = self.session.record
+        if self.session.meter is not None:
+            self.session.meter.disconnect("internal" if source is UNSPECIFIED else "external")
         end = record.closing(rule, reason)
         if end:
             path = f"0 -> {record.side} -> 0, 0 -> {source} {describe_endpoint(target)} -> 0{end}"
@@ -9926,11 +10158,14 @@ class UdpRequest:
             session.config.udp_connectdst,
         )
         udp.budget = session.make_budget(self.rule)
+        udp.meter = session.meter
         session.describe_io = lambda: f"udp: {udp.client} {udp.local}: {len(udp.paths)} families"
         try:
             reason = udp.run()
         finally:
             udp.close()
+        if session.meter is not None and reason == CLIENT_CLOSED:
+            session.meter.disconnect("internal")
         self.log_end(udp, ENDED_BY_US if session.stopping else reason)
 
     def log_end(self, udp: UdpRelay, reason: str) -> None:
@@ -11636,6 +11871,7 @@ class Mother:
         self.children: dict[int, Child] = {}
         self.generation = 0
         self.counts: Counts | None = None  # of the newest generation
+        self.watches: list[Watch] = []  # its alarms
         self.accounts: Accounts = (None, None, None)
         self.pidfile = Pidfile(options.pidfile or default_files(options.program)[1])
         self.resolver_inbox = self.warden_inbox = (socket.socket(), socket.socket())
@@ -11795,6 +12031,21 @@ class Mother:
         if self.counts is not None:
             self.counts.lock.close()  # the old workers have theirs, and none of them is replaced
         self.counts = make_counts(self.config, self.count_workers())
+        self.watches = make_watches(self.config, self.counts)
+        self.start_watches()
+
+    def start_watches(self) -> None:
+        """Forget the alarms that are raised.  As Dante: without a record, and at each SIGHUP."""
+        for watch in self.watches:
+            watch.start(time.monotonic())
+
+    def check_alarms(self) -> None:
+        """Log which alarms are raised now, and which no longer."""
+        for watch in self.watches:
+            now = time.monotonic()
+            text = watch.check(now) if now >= watch.due else ""
+            if text:
+                self.log.write("warning", text)
 
     def spawn_child(self, kind: str, number: int) -> None:
         """Fork a child of a kind, with the present configuration."""
@@ -11876,13 +12127,15 @@ class Mother:
             for descriptor in by_descriptor:
                 poller.register(descriptor, select.POLLIN)
             self.manager.sign_of_life()
-            timeout = min([self.manager.next_sign, *(when for when, _, _ in self.due)])
+            times = [when for when, _, _ in self.due] + [watch.due for watch in self.watches]
+            timeout = min([self.manager.next_sign, *times])
             for descriptor, _ in poller.poll(poll_milliseconds(timeout)):
                 if descriptor == self.wakeup[0]:
                     self.act_on_signals()
                 else:
                     self.hear_child(by_descriptor[descriptor])
             self.respawn()
+            self.check_alarms()
         return self.end()
 
     def act_on_signals(self) -> None:
@@ -11915,6 +12168,7 @@ class Mother:
             return
         if (config, accounts) == (self.config, self.accounts):
             self.reopen_logs()
+            self.start_watches()
         else:
             self.accounts = accounts
             self.switch(config, listeners)

@@ -144,6 +144,7 @@ DIFFERENCES = {
     "find_protection_fault": "GSS-API",
     "on_hup": "SIGHUP",
     "find_redirect": "Redirected replies",
+    "_check_disconnects": "Disconnect ratio",
     "renew_counts": "Counts and reloads",
     # test_grammar.FRIENDLY
     "addr-dotted-mask": "Masks",

@@ -129,9 +129,6 @@ NOT_BUILT = {
     "cpu-mask": {"cpu.mask.PROCESS"},
     "cpu-schedule": {"cpu.schedule.PROCESS"},
     "iflog-error": {"external.log.LEVEL.error"},
-    "monitor-alarms": {"external.alarm.disconnect", "internal.alarm.data.recv", "monitor"},
-    "monitor-empty": {"monitor"},
-    "rules-any-order": {"alarm.data", "monitor"},
 }
 # danted was built without these; what we make of them is find_unsupported's affair.
 OPTIONAL = {
