@@ -64,11 +64,13 @@ class Realm:
         self.folder = folder
         self.keytab = folder / "keytab"
         self.port = find_free_port()
+        (folder / "replays").mkdir(mode=0o777)
+        (folder / "replays").chmod(0o777)
         self.env = {
             **os.environ,
             "KRB5_CONFIG": f"{folder}/krb5.conf",
             "KRB5_KDC_PROFILE": f"{folder}/kdc.conf",
-            "KRB5RCACHENAME": "dfl:",
+            "KRB5RCACHENAME": f"file2:{folder}/replays/cache",
         }
         values = {"realm": REALM, "port": self.port, "folder": folder}
         (folder / "krb5.conf").write_text(KRB5_CONF.format(**values))
@@ -321,13 +323,14 @@ def running_realm() -> Iterator[Realm]:
     Not in pytest's folder: user nobody reads its configuration.
     """
     folder = Path(tempfile.mkdtemp(prefix="sockd-realm-"))
-    before = {name: os.environ.get(name) for name in ("KRB5_CONFIG", "KRB5CCNAME")}
+    names = ("KRB5_CONFIG", "KRB5RCACHENAME", "KRB5CCNAME")
+    before = {name: os.environ.get(name) for name in names}
     realm = None
     try:
         realm = Realm(folder)
         for user in PASSWORDS:
             realm.log_in(user)
-        os.environ["KRB5_CONFIG"] = realm.env["KRB5_CONFIG"]  # for the servers, too
+        os.environ.update({name: realm.env[name] for name in names[:2]})  # for the servers
         yield realm
     finally:
         if realm is not None:

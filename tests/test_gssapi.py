@@ -6,6 +6,7 @@ Debian's danted is built without GSS-API: there is nobody to compare with.
 from __future__ import annotations
 
 import contextlib
+import pwd
 import shutil
 import socket
 import struct
@@ -549,13 +550,35 @@ def memory_kilobytes(server: Server) -> int:
     return total
 
 
-def test_token_is_read_without_power(sockd: Factory, realm: Realm, tmp_path: Path) -> None:
+def test_token_is_read_without_power(sockd: Factory, realm: Realm) -> None:
     """The replay cache belongs to who read the token: user.unprivileged, not root."""
-    cache = Path("/var/tmp/krb5_65534.rcache2")
+    cache = realm.folder / "replays" / "cache"
     server = sockd(config(realm))
     with GssClient(server.addresses[0], realm) as client:
         client.log_in()
-    assert cache.stat().st_uid == 65534
+    assert cache.stat().st_uid == pwd.getpwnam("nobody").pw_uid
+
+
+def test_warden_that_is_not_root_reads_the_key_table(sockd: Factory, realm: Realm, peer: StartPeer) -> None:
+    """It has kept the power to read any file, and the process that reads the token has not."""
+    text = config(realm).replace("user.privileged: root", "user.privileged: daemon")
+    server = sockd(text)
+    (realm.folder / "replays" / "cache").unlink(missing_ok=True)
+    with GssClient(server.addresses[0], realm) as client:
+        client.log_in()
+        assert client.request5(CONNECT, *peer("echo").address).code == 0
+    (realm.folder / "replays" / "cache").unlink()
+
+
+def test_reload_takes_gssapi_up(sockd: Factory, realm: Realm, peer: StartPeer) -> None:
+    server = sockd(config(realm, head=HEAD.replace("gssapi", "none")))
+    with Client(server.addresses[0]) as client:
+        assert client.greet([1]) == 255
+    server.reload(config(realm))
+    server.take_baseline()
+    with GssClient(server.addresses[0], realm) as client:
+        client.log_in()
+        assert client.request5(CONNECT, *peer("echo").address).code == 0
 
 
 def test_missing_library_is_one_line_at_the_start(
