@@ -339,6 +339,7 @@ INSTALLED = {
     "/usr/lib/sockd/replace-danted": packaged("debian/replace-danted"),
     "/usr/lib/systemd/system/sockd.service": packaged("systemd/sockd.service"),
     "/usr/lib/systemd/system/sockd.socket": packaged("systemd/sockd.socket"),
+    "/usr/lib/systemd/system/danted.service.d/sockd.conf": packaged("debian/danted.service.conf"),
     "/usr/lib/sysusers.d/sockd.conf": packaged("sysusers/sockd.conf"),
     "/usr/lib/tmpfiles.d/sockd.conf": packaged("tmpfiles/sockd.conf"),
     "/usr/share/bash-completion/completions/sockd": packaged("completion/sockd.bash"),
@@ -386,6 +387,13 @@ def start_danted(system: Machine, config: str = CONFIG) -> int:
     return read_pid(system, "danted")
 
 
+def systemd_line(key: str) -> str:
+    """Give the line of the unit that begins so."""
+    found = re.search(rf"^{key}=.*\n", packaged("systemd/sockd.service").read_text(), re.MULTILINE)
+    assert found
+    return found[0]
+
+
 def run_by(system: Machine, pid: int) -> str:
     """Tell which program a process there runs: sockd or danted."""
     return Path(os.readlink(system.root / f"proc/{pid}/exe")).name.partition(".")[0]
@@ -405,11 +413,11 @@ def test_deb_has_the_files_in_their_places(deb: Path, tmp_path: Path) -> None:
     }
     assert found == set(config_files)
     control = (tmp_path / "control/control").read_text()
-    assert "@" not in packaged("debian/control").read_text().replace("@VERSION@", "").replace(
-        "@ARCHITECTURE@", ""
-    ).replace("@SIZE@", "").replace("@DEPENDS@", "").replace("sockd@localhost", "")
+    keys = [line.partition(":")[0] for line in packaged("debian/control").read_text().splitlines()]
+    assert [line.partition(":")[0] for line in control.splitlines()] == keys
+    assert not re.search(r"@[A-Z]+@", control)
     assert f"\nVersion: {program.__version__}\n" in control
-    assert re.search(r"^Depends: .*libcrypt1 \(>= [\d.]+\), ", control, re.MULTILINE)
+    assert re.search(r"^Depends: libc6 \(>= \d[\d.]+\), libcrypt1 \(>= [\d.]+\), ", control, re.MULTILINE)
 
 
 @pytest.mark.root
@@ -472,6 +480,14 @@ def test_deb_takes_the_place_of_danted_and_gives_it_back(
     if boot:
         assert " danted[" in system.run("journalctl", "-u", "danted", "-o", "cat").stdout
         assert system.run("systemctl", "is-active", "sockd", check=False).stdout == "inactive\n"
+        limits = system.run("systemctl", "show", "--property=TasksMax", "danted").stdout
+        assert limits == systemd_line("TasksMax")
+    # An upgrade of dante-server changes nothing.
+    (archive,) = (system.root / "var/cache/apt/archives").glob("dante-server_*.deb")
+    system.run("dpkg", "--install", f"/var/cache/apt/archives/{archive.name}")
+    eventually(lambda: read_pid(system, "danted") not in (0, second) and serves(system))
+    second = read_pid(system, "danted")
+    assert run_by(system, second) == "sockd"
     install(system, deb)
     eventually(lambda: read_pid(system, "danted") not in (0, second) and serves(system))
     assert run_by(system, read_pid(system, "danted")) == "sockd"
@@ -594,6 +610,7 @@ def test_every_hardening_line_says_why() -> None:
 
 EVERYTHING = """\
 logoutput: /var/log/sockd.log stderr
+libwrap.hosts_access: yes
 internal: 127.0.0.1 port = 1080
 internal: 127.0.0.1 port = 80
 external: lo
@@ -663,7 +680,7 @@ def test_unit_permits_all_that_the_server_does(booted: Machine) -> None:
     files = min(131072, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     limits = booted.read(f"/proc/{read_pid(booted, 'sockd')}/limits")
     assert re.search(rf"Max open files +{files} +{files} ", limits)
-    assert systemctl(booted, "show", "-p", "TasksMax", "sockd") == "TasksMax=32768\n"
+    assert systemctl(booted, "show", "-p", "TasksMax", "sockd") == systemd_line("TasksMax")
     systemctl(booted, "stop", "sockd")
     assert "Result=success" in systemctl(booted, "show", "sockd")
 
