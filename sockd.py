@@ -3129,7 +3129,7 @@ class Lookup(Protocol):
 
 
 class NoLookup:
-    """The Lookup that knows nothing (sockd.conf(5), resolveprotocol: fake)."""
+    """The Lookup that knows nothing."""
 
     def addresses(self, name: str) -> tuple[Endpoint, ...]:
         return ()
@@ -3147,7 +3147,16 @@ class NoLookup:
         return None
 
 
-NO_LOOKUP = NoLookup()
+class NamelessLookup(NoLookup):
+    """A Lookup without DNS (sockd.conf(5), resolveprotocol: fake)."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        # Whatever is no matter of names is still asked for.
+        self.interface = lookup.interface  # type: ignore[method-assign]
+        self.groups = lookup.groups  # type: ignore[method-assign]
+        self.ident = lookup.ident  # type: ignore[method-assign]
+
+
 EVERYWHERE = RuleAddress("any", "0/0")
 NO_RULE_MATCHED = "no rules matched; using default block rule"
 # Unlike Dante: what the built-in rule refuses is logged, for without a trace nobody finds out why.
@@ -3458,6 +3467,8 @@ class Policy:
 
         A pass is final only when the caller has verified the decision's `method`.
         """
+        if self.fake:
+            lookup = NamelessLookup(lookup)
         for rule in sieve_rules(self.client_sieves, facts.source, facts.target):
             if (
                 match_address(rule.source, facts.source, (), lookup) is None
@@ -3477,7 +3488,7 @@ class Policy:
         """
         judged = facts
         if self.fake:
-            judged, lookup = facts._replace(addresses=()), NO_LOOKUP
+            judged, lookup = facts._replace(addresses=()), NamelessLookup(lookup)
         for rule in sieve_rules(self.socks_sieves, facts.source, facts.target):
             addresses, reason = self._match_request(rule, judged, facts, lookup)
             if addresses is None:
@@ -5053,9 +5064,12 @@ def resolve_name(name: str, families: Iterable[int] = (4, 6)) -> tuple[Endpoint,
 
 
 def reverse_names(address: Endpoint) -> tuple[str, ...]:
-    """Return the names that an address maps back to; OSError if it has none."""
-    name, aliases, _ = socket.gethostbyaddr(address.host)
-    return (name, *aliases)
+    """Return the name that an address maps back to; OSError if it has none.
+
+    As Dante: one name, for what a rule lets through must not depend on whatever else a file or a zone
+    gives for the address.
+    """
+    return (socket.gethostbyaddr(address.host)[0],)
 
 
 def group_numbers(user: bytes, primary: int) -> tuple[int, ...]:
