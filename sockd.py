@@ -522,6 +522,7 @@ class Facts(NamedTuple):
     source: Endpoint
     target: Endpoint | None  # None: not known yet (UDP ASSOCIATE before the first datagram)
     addresses: tuple[Endpoint, ...] = ()  # what the name in target resolved to, once for the whole session
+    families: frozenset[int] = frozenset({4, 6})  # those that we can leave by
     identity: Identity = Identity()
 
 
@@ -3270,7 +3271,11 @@ def match_address(
 def match_target(rule: Rule, facts: Facts, lookup: Lookup) -> tuple[Endpoint, ...] | None:
     """match_address for the `to` of a rule, where the target may not be known yet."""
     if facts.target is not None:
-        return match_address(rule.target, facts.target, facts.addresses, lookup)
+        addresses = facts.addresses
+        if rule.target.kind == "host":
+            # As Dante: two names are the same by addresses that can be connected to, and by no other.
+            addresses = tuple(a for a in addresses if a.family in facts.families)
+        return match_address(rule.target, facts.target, addresses, lookup)
     # As Dante: before the first datagram any pass rule may come to match, but a block rule
     # counts only where it covers every target.
     covers_all = rule.target.kind == "any" and rule.target.port.operator == "any"
@@ -3456,6 +3461,10 @@ class Policy:
             rule.verdict == "pass" and "http" in rule.proxyprotocols for rule in config.socks_rules
         )
         self.fake = config.resolveprotocol == "fake"
+        # As Dante: a name is judged by its addresses of both families, also where only one can be used.
+        self.judges_both_families = any(
+            rule.target.kind in ("ipv6", "interface") for rule in config.socks_rules
+        )
         self.checks_replies = "checkreplyauth" in config.srchost
         self.paths = expand_routes(config.routes)
 
@@ -8691,7 +8700,8 @@ class SessionLookup:
         self.serving = serving
         self.client = client
         self.local = local
-        self.answers: dict[tuple[Favour, str], tuple[list[bytes], float]] = {}  # and when it expires
+        # By question; with when it expires.
+        self.answers: dict[tuple[Favour, str, tuple[bytes, ...]], tuple[list[bytes], float]] = {}
         self.ident_answer: str | None = None
         self.ident_asked = False
 
@@ -8700,7 +8710,7 @@ class SessionLookup:
 
         At most MOST_VERDICTS are kept.
         """
-        answer, expires = self.answers.get((favour, text), ([], 0.0))
+        answer, expires = self.answers.get((favour, text, more), ([], 0.0))
         if answer and time.monotonic() < expires:
             return answer
         seconds = self.serving.config.timeouts.connect or RESOLVE_SECONDS
@@ -8712,20 +8722,31 @@ class SessionLookup:
         if len(self.answers) >= MOST_VERDICTS:
             self.answers.clear()
         lifetime = FAILURE_SECONDS if answer[0] else NO_DEADLINE
-        self.answers[favour, text] = answer, time.monotonic() + lifetime
+        self.answers[favour, text, more] = answer, time.monotonic() + lifetime
         return answer
 
     def resolve(self, name: str) -> tuple[tuple[Endpoint, ...], str]:
-        """Return a name's addresses in the families that we can leave by, and what went wrong."""
-        families = "".join(map(str, sorted(external_families(self.serving.config, self))))
-        answer = self.ask(Favour.RESOLVE, name, families.encode())
+        """Return a name's addresses, or what went wrong if none is of a family that we can leave by.
+
+        Those of the other family are given where the rules may ask about them.
+        """
+        families = external_families(self.serving.config, self)
+        judged = frozenset({4, 6}) if self.serving.policy.judges_both_families else families
+        answer = self.ask(Favour.RESOLVE, name, "".join(map(str, sorted(judged))).encode())
         # A name for "this host" is no target: connect(2) takes 0.0.0.0 for 127.0.0.1, past every
         # rule about that.
         found = tuple(e for e in decode_endpoints(answer[1:]) if e.host not in IP_ANY)
-        fault = answer[0].decode() or ("" if found else NAME_UNKNOWN)
-        return found, f"{fault} for IPv{families} address" if fault == NAME_UNKNOWN and len(
-            families
-        ) == 1 else fault
+        if any(e.family in families for e in found):
+            return found, ""
+        fault = answer[0].decode() or NAME_UNKNOWN
+        if fault == NAME_UNKNOWN and len(families) == 1:
+            fault = f"{fault} for IPv{min(families)} address"
+        return (), fault
+
+    def prefer_usable(self, addresses: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+        """Return those of the addresses that we can connect to, or all where there is no such one."""
+        families = external_families(self.serving.config, self)
+        return tuple(e for e in addresses if e.family in families) or addresses
 
     def addresses(self, name: str) -> tuple[Endpoint, ...]:
         answer = self.ask(Favour.RESOLVE, name, b"46")
@@ -9294,7 +9315,8 @@ class Session:
         assert self.request is not None
         protocol = "udp" if command in UDP_COMMANDS else "tcp"
         language = PROXY_PROTOCOL_OF_VERSION[self.request.version]
-        return Facts(command, protocol, language, self.client, target, addresses, self.identity)
+        families = external_families(self.config, self.lookup) if addresses else frozenset({4, 6})
+        return Facts(command, protocol, language, self.client, target, addresses, families, self.identity)
 
     def authenticated_by(self, method: str) -> None:
         """Let the records of the request name the client."""
@@ -9658,6 +9680,7 @@ class ConnectRequest:
         """Return the connection to one of the target's addresses, or None as `connect`."""
         session = self.session
         deadline = deadline_after(rule.timeouts.connect)
+        addresses = session.lookup.prefer_usable(addresses)
         try:
             open_for = self.open_for(rule, route)
             return Race(addresses, open_for, session.connection.fileno(), deadline).run()
@@ -9787,7 +9810,7 @@ class BindRequest:
                 text = f'could not resolve hostname "{escape_text(target.host)}": {fault}'
                 raise Refused(text, Reply.HOST_UNREACHABLE)
             self.expected = frozenset(address.host for address in found)
-            family = found[0].family
+            family = session.lookup.prefer_usable(found)[0].family
         else:
             family = target.family
             check_family(session.config, target, session.lookup)
@@ -10220,6 +10243,7 @@ class UdpRequest:
         decision = session.decide(session.facts("udpassociate", target, addresses)._replace(source=client))
         if decision.verdict == "block":
             return decision
+        decision = decision._replace(addresses=session.lookup.prefer_usable(decision.addresses))
         decision = session.redirect(decision, "udpassociate", target.port)
         return self.route(decision, target, addresses)
 

@@ -182,6 +182,8 @@ fd00::6   six.test
 127.0.0.1 both.test
 fd00::6   both.test
 127.0.0.5 client.example.test
+127.0.0.2 mixed.test
+fd00::6   mixed.test
 198.51.100.1 far.test
 """
 NSSWITCH = "passwd: files\ngroup: files\nshadow: files\nhosts: files\nservices: files\n"

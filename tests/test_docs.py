@@ -416,7 +416,7 @@ def test_shipped_configuration_protects(host: str, family: int, verdict: str, co
     client, target = program.Endpoint("127.0.0.1", 40000), program.Endpoint(host, 80, family)
     protocol = "tcp" if command == "connect" else "udp"
     facts = program.Facts(command, protocol, "socks_v5", client, target, (target,))
-    decision = program.Policy(config).socks_decision(facts, program.NO_LOOKUP)
+    decision = program.Policy(config).socks_decision(facts, program.NoLookup())
     assert decision.verdict == verdict
 
 

@@ -78,14 +78,14 @@ SOURCES = (
 TARGETS = (
     "0/0", "0/0", "0/0", "127.0.0.1/32", "127.0.0.2/32", "127.0.0.2/31", "127.0.0.0/8",
     "fd00::6/128", "fd00::/8", "::/0", "0.0.0.0/0", "203.0.113.0/24", "echo.test", "ECHO.test",
-    "multi.test", "two.test", "six.test", "both.test", "nowhere.test", ".test", ".example.test",
+    "multi.test", "two.test", "six.test", "both.test", "mixed.test", "nowhere.test", ".test", ".example.test",
     ".", "lo", "client.example.test", "127.0.0.5/32",
 )  # fmt: skip
 SERVERS = ("0/0", "0/0", "0/0", "127.0.0.1/32", "fd00::6/128", "0.0.0.0/0", "::/0", "lo", "six.test")
 CLIENT_HOSTS = (("127.0.0.1", "127.0.0.5", "127.0.0.9"), ("fd00::6", "::1"))
 TARGET_HOSTS = (
     "127.0.0.1", "127.0.0.2", "127.0.0.5", "fd00::6", "echo.test", "multi.test", "two.test",
-    "six.test", "both.test", "www.example.test", "Example.Test", "nowhere.test",
+    "six.test", "both.test", "mixed.test", "www.example.test", "Example.Test", "nowhere.test",
 )  # fmt: skip
 OPERATORS = ("=", "eq", "!=", "ne", ">", "gt", ">=", "ge", "<", "lt", "<=", "le")
 METHODS = ("none", "none", "username", "username none", "none username", "rfc931 none", "username rfc931")
@@ -108,7 +108,7 @@ class Generator:
         if "proxyprotocol" in config:
             # danted has no SOCKS 4A: what it would say to the name is asked by SOCKS 5.
             self.versions.remove("4a")
-        return Case(number, config, tuple(self.attempt() for _ in range(CLIENTS)))
+        return Case(number, config, tuple(self.attempt(index) for index in range(CLIENTS)))
 
     def often(self, percent: int) -> bool:
         return self.random.randrange(100) < percent
@@ -187,7 +187,7 @@ class Generator:
             )
         return options + ([f"socksmethod: {' '.join(methods)}"] if methods else [])
 
-    def attempt(self) -> Attempt:
+    def attempt(self, index: int) -> Attempt:
         server = int(self.often(30))
         version = self.random.choice(self.versions)
         command = self.random.choice(["connect"] * 4 + ["bind", "udpassociate"])
@@ -201,7 +201,7 @@ class Generator:
         return Attempt(
             server,
             self.random.choice(CLIENT_HOSTS[server]),
-            self.random.randrange(600, 1024) if self.often(10) else 0,
+            self.random.randrange(600 + index, 1024, CLIENTS) if self.often(10) else 0,  # nobody else's
             version,
             offer if version == "5" else (0,),
             USERS[self.random.choice([0, 0, 0, 1, 1, 2, 3])],
@@ -598,7 +598,7 @@ def needs_authentication(case: Case, attempt: Attempt, theirs: Outcome, ours: Ou
 
 def has_both_families(case: Case, attempt: Attempt, theirs: Outcome, ours: Outcome) -> bool:
     """Where a rule picks the second family of a name, danted binds the wrong one and sends no datagram."""
-    is_it = attempt.command == "udpassociate" and attempt.target == "both.test"
+    is_it = attempt.command == "udpassociate" and attempt.target in ("both.test", "mixed.test")
     return is_it and theirs.seen.endswith("lost") and set(theirs.rules) <= set(ours.rules)
 
 

@@ -223,6 +223,22 @@ def test_http_client_is_asked_for_a_password_where_one_could_help(rules: str, wa
     assert judge.wants_password(facts, World()) is wants
 
 
+def test_fake_resolving_still_asks_for_groups_and_interfaces() -> None:
+    rules = "socks pass { from: 0/0 to: eth7 group: staff }\n"
+    fake = policy(rules, "socksmethod: username\nresolveprotocol: fake")
+    facts = request("192.0.2.9", identity=Identity("none", "username", "ann"))
+    assert fake.socks_decision(facts, World()).verdict == "pass"
+    assert fake.socks_decision(facts._replace(target=Endpoint("192.0.2.8", 80)), World()).verdict == "block"
+
+
+def test_fake_resolving_leaves_names_out_of_client_rules() -> None:
+    rules = "client pass { from: .one.test to: 0/0 }\n"
+    facts = Facts("accept", "tcp", "", Endpoint("192.0.2.1", 40000), Endpoint("127.0.0.1", 1080))
+    assert policy(rules).client_decision(facts, World())[0].verdict == "pass"
+    fake = policy(rules, "socksmethod: none\nresolveprotocol: fake")
+    assert fake.client_decision(facts, World())[0].verdict == "block"
+
+
 @pytest.mark.parametrize(
     ("line", "change", "matches"),
     [
