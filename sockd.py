@@ -3540,7 +3540,7 @@ class Policy:
         """Tell whether a client that is refused, and has given no password, might pass with one."""
         judged = facts
         if self.fake:
-            judged, lookup = facts._replace(addresses=()), NO_LOOKUP
+            judged, lookup = facts._replace(addresses=()), NamelessLookup(lookup)
         for rule in sieve_rules(self.socks_sieves, facts.source, facts.target):
             by_password = any(2 in METHOD_BYTES.get(method, ()) for method in rule.socksmethods)
             if not by_password or self._match_request(rule, judged, facts, lookup)[0] is None:
@@ -5656,17 +5656,46 @@ def option_value(connection: socket.socket, option: SocketOption) -> int | bytes
     return option.value
 
 
-def set_options(connection: socket.socket, options: Iterable[SocketOption], side: str) -> list[str]:
-    """Set the socket options of one side; return what could not be set, in words."""
+# The sockets that the options of a level are for.
+LEVEL_FITS: dict[str, Callable[[socket.socket], bool]] = {
+    "socket": lambda connection: True,
+    "tcp": lambda connection: connection.type == socket.SOCK_STREAM,
+    "udp": lambda connection: connection.type == socket.SOCK_DGRAM,
+    # As Dante: IPv4 only.
+    "ip": lambda connection: connection.family == socket.AF_INET,
+}
+
+
+def set_option(connection: socket.socket, option: SocketOption) -> None:
+    """Set one socket option; OSError."""
+    connection.setsockopt(option.level, option.number, option_value(connection, option))
+
+
+def set_options(
+    connection: socket.socket, options: Iterable[SocketOption], side: str
+) -> list[tuple[SocketOption, OSError]]:
+    """Set the socket options of one side, as far as they are for such a socket; return the failures."""
     failures = []
     for option in options:
-        if option.side != side:
+        if option.side != side or not LEVEL_FITS[option.level_name](connection):
             continue
         try:
-            connection.setsockopt(option.level, option.number, option_value(connection, option))
+            set_option(connection, option)
         except OSError as error:
-            failures.append(f"could not set {side}.{option.level_name}.{option.name}: {error.strerror}")
+            failures.append((option, error))
     return failures
+
+
+def list_options(config: Config) -> tuple[SocketOption, ...]:
+    """Return every socket option of a configuration, each once, in a fixed order."""
+    rules = (*config.client_rules, *config.hostid_rules, *config.socks_rules)
+    lists = [config.socket_options, *(rule.socket_options for rule in rules)]
+    lists += [route.socket_options for route in config.routes]
+    return tuple(dict.fromkeys(option for options in lists for option in options))
+
+
+def describe_option_fault(option: SocketOption, fault: str) -> str:
+    return f"could not set {option.side}.{option.level_name}.{option.name}: {fault}"
 
 
 def prepare_listener(listener: socket.socket, keepalive: bool) -> None:
@@ -6004,6 +6033,7 @@ class Favour(enum.IntEnum):
     BIND = 6  # (tcp or udp, address, port) -> a bound socket
     WRAP = 7  # (hosts_access, client or socks, number of the rule; a connection) -> ("" or why not)
     ACCEPT = 8  # (number of the client-rule, token) -> ("" or why not, token, principal, context)
+    OPTION = 9  # (number in list_options; a socket) -> ("" or why it could not be set)
 
 
 class Account(NamedTuple):
@@ -6233,9 +6263,10 @@ FAVOUR_FIELDS: dict[Favour, tuple[Callable[[bytes], None], ...]] = {
     Favour.BIND: (check_text, check_address, check_digits),
     Favour.WRAP: (check_text, check_digits),
     Favour.ACCEPT: (check_digits, check_token),
+    Favour.OPTION: (check_digits,),
 }
 # How many descriptors come with a question, the socket for the answer among them, where it is not alone.
-FAVOUR_DESCRIPTORS = {Favour.WRAP: 2}
+FAVOUR_DESCRIPTORS = {Favour.WRAP: 2, Favour.OPTION: 2}
 
 
 class Channel:
@@ -9394,7 +9425,7 @@ class Session:
         found, fault = self.lookup.resolve(target.host)
         if not found:
             raise Refused(f'could not resolve hostname "{target.host}": {fault}', Reply.HOST_UNREACHABLE)
-        return tuple(address._replace(port=target.port) for address in found)
+        return tuple(address._replace(port=target.port) for address in self.lookup.prefer_usable(found))
 
     # --- routes ---
 
@@ -9435,7 +9466,8 @@ class Session:
             found, fault = self.lookup.resolve(upstream.host)
             if not found:
                 raise Refused(f'could not resolve "{upstream.host}": {fault}', Reply.HOST_UNREACHABLE)
-            addresses = tuple(address._replace(port=upstream.port) for address in found)
+            usable = self.lookup.prefer_usable(found)
+            addresses = tuple(address._replace(port=upstream.port) for address in usable)
 
         def open_for(address: Endpoint) -> socket.socket:
             return self.open_external(rule, address, path.route)
@@ -9484,8 +9516,23 @@ class Session:
 
     def set_options(self, connection: socket.socket, rule: Rule | Route, side: str) -> None:
         """Set a rule's socket options; one that cannot be set is a warning."""
-        for failure in set_options(connection, rule.socket_options, side):
-            self.serving.log.write("warning", failure)
+        for option, error in set_options(connection, rule.socket_options, side):
+            fault = error.strerror or str(error)
+            if error.errno == errno.EPERM:
+                fault = self.force_option(connection, option)
+            if fault:
+                self.serving.log.write("warning", describe_option_fault(option, fault))
+
+    def force_option(self, connection: socket.socket, option: SocketOption) -> str:
+        """Have the warden set an option that needs privileges; return "" or why it could not."""
+        number = str(list_options(self.config).index(option)).encode()
+        try:
+            answer, _ = self.serving.warden.ask(
+                Favour.OPTION, [number], PASSWORD_SECONDS, connection.fileno()
+            )
+            return answer[0].decode()
+        except (SockdError, IndexError, UnicodeDecodeError) as error:
+            return str(error)
 
 
 # ============================== 16. Requests ==============================
@@ -9956,6 +10003,7 @@ class BindRequest:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(session.serving.keepalive))
+        session.set_own_options(rule)
         told = find_redirect(rule, session.client_rule, "bindreply").source
         session.reply(Reply.SUCCEEDED, redirected_endpoint(told, peer.port) if told else peer)
         client_side, peer_side = session.client_side(), Side(connection, "remote peer")
@@ -11355,13 +11403,13 @@ class Resolver:
 
 
 class Warden:
-    """Checks passwords and Kerberos tickets, binds ports and asks libwrap, with the power for it.
+    """Checks passwords and Kerberos tickets, binds ports, sets socket options and asks libwrap.
 
     Each check runs in a child: what a PAM module does there, sleeping, crashing or keeping
     the password, ends with the child.
     """
 
-    granted = frozenset({Favour.PASSWORD, Favour.BIND, Favour.WRAP, Favour.ACCEPT})
+    granted = frozenset({Favour.PASSWORD, Favour.BIND, Favour.WRAP, Favour.ACCEPT, Favour.OPTION})
 
     def __init__(
         self, config: Config, log: Log, accounts: Accounts = (None, None, None), daemon: str = "sockd"
@@ -11370,12 +11418,16 @@ class Warden:
         self.log = log
         _, self.reader, self.commander = accounts  # as whom tokens are read, and libwrap runs
         self.daemon = daemon  # the name that hosts.allow and hosts.deny have for us
+        self.options = list_options(config)
         self.children: dict[int, str] = {}  # pid -> the client's address; "" if it checks no password
         self.failures = Failures()
 
     def grant(self, question: Question) -> None:
         if question.favour == Favour.BIND:
             self.bind(question)
+            return
+        if question.favour == Favour.OPTION:
+            self.set_option(question)
             return
         self.reap(len(self.children) >= VERIFIERS)
         if question.favour == Favour.ACCEPT:
@@ -11484,6 +11536,26 @@ class Warden:
         lines = {f"{rule.kind} {rule.number}".encode(): rule.libwrap or "" for rule in libwrap_rules(config)}
         line = lines[b" ".join(fields)].encode(WIRE_TEXT)
         return b"" if obey_libwrap(daemon, connection, line) else b"failed libwrap line: " + line[:200]
+
+    def set_option(self, question: Question) -> None:
+        """Set a socket option of the configuration, and no other, on a worker's socket."""
+        try:
+            connection = socket.socket(fileno=question.passed[0])
+        except OSError:
+            os.close(question.passed[0])
+            question.reply([b"not a socket"])
+            return
+        try:
+            with connection:
+                option = self.options[int(question.fields[0] or b"0")]
+                if connection.family not in AF_INET_FAMILY or not LEVEL_FITS[option.level_name](connection):
+                    raise OSError(errno.EINVAL, "not a socket that the option is for")
+                set_option(connection, option)
+            question.reply([b""])
+        except OSError as error:
+            question.reply([(error.strerror or str(error)).encode("utf-8", "replace")[:255]])
+        except IndexError:
+            question.reply([b"no such option"])
 
     def bind(self, question: Question) -> None:
         """Answer with a socket on an external address and a privileged port (compatibility: sameport)."""
@@ -12001,8 +12073,8 @@ class Mother:
             for endpoint in config.internal:
                 bound[endpoint] = present.get(endpoint) or listen_on(endpoint)
                 prepare_listener(bound[endpoint], self.options.keepalive)
-                for failure in set_options(bound[endpoint], config.socket_options, "internal"):
-                    self.log.write("warning", failure)
+                for option, error in set_options(bound[endpoint], config.socket_options, "internal"):
+                    self.log.write("warning", describe_option_fault(option, str(error.strerror)))
         except OSError as error:
             for key, listener in bound.items():
                 if present.get(key) is not listener:

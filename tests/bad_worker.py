@@ -238,6 +238,7 @@ FIELDS: dict[int, list[list[bytes]]] = {
         [b"hosts_access", b"client", b"socks", b"spawn id"],
         [b"", b"0", b"1", b"2", b"99999"],
     ],
+    sockd.Favour.OPTION: [NUMBERS],
 }
 MESSAGE_KINDS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 255)
 
