@@ -9510,15 +9510,18 @@ class Session:
         return socket.socket(fileno=descriptors[0]) if descriptors else None
 
     def set_own_options(self, rule: Rule) -> None:
-        """Set a rule's options on the client's connection; the global ones came with the listener."""
-        if rule.socket_options != self.config.socket_options:
+        """Set the options of a rule, the global ones among them, on the client's connection.
+
+        Those of the listener came with it, but for a few like SO_PRIORITY.
+        """
+        if rule.socket_options:
             self.set_options(self.connection, rule, "internal")
 
     def set_options(self, connection: socket.socket, rule: Rule | Route, side: str) -> None:
         """Set a rule's socket options; one that cannot be set is a warning."""
         for option, error in set_options(connection, rule.socket_options, side):
             fault = error.strerror or str(error)
-            if error.errno == errno.EPERM:
+            if error.errno in (errno.EPERM, errno.EACCES):
                 fault = self.force_option(connection, option)
             if fault:
                 self.serving.log.write("warning", describe_option_fault(option, fault))

@@ -602,7 +602,13 @@ def has_both_families(case: Case, attempt: Attempt, theirs: Outcome, ours: Outco
     return is_it and theirs.seen.endswith("lost") and set(theirs.rules) <= set(ours.rules)
 
 
-DIFFERENCES = (needs_authentication, has_both_families)
+def is_refused_early(case: Case, attempt: Attempt, theirs: Outcome, ours: Outcome) -> bool:
+    """danted may refuse an association by a rule about some targets only; here its datagrams are refused."""
+    is_it = attempt.command == "udpassociate" and attempt.names_itself
+    return is_it and theirs.seen.endswith("reply 2") and ours.seen.endswith("reply 0, lost")
+
+
+DIFFERENCES = (needs_authentication, has_both_families, is_refused_early)
 
 
 def is_on_purpose(case: Case, attempt: Attempt, theirs: Outcome, ours: Outcome) -> bool:
