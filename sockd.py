@@ -4980,7 +4980,7 @@ def forget_unpacked_files() -> None:
     """Remove what the executable has unpacked, once all of it is in memory.
 
     So nothing that cleans /tmp can take it away, nor -D, whose boot process ends; and a server that is
-    killed leaves nothing behind.
+    killed leaves nothing behind.  From here on only what is loaded can be imported.
     """
     root = getattr(sys, "_MEIPASS", "")
     if not os.path.basename(root).startswith("_MEI"):
@@ -4989,6 +4989,9 @@ def forget_unpacked_files() -> None:
         for name in files:
             os.unlink(os.path.join(folder, name))
         os.rmdir(folder)
+    # A module that is missing then is just that, and not a file that cannot be read.
+    sys.path_hooks.clear()
+    sys.path_importer_cache.clear()
 
 
 def set_capabilities(mask: int) -> None:
@@ -6134,6 +6137,7 @@ def drop_privileges(account: Account | None, root: str) -> None:
 
 # What Python imports only when it is first needed, and who needs it.
 LATE_IMPORTS = {
+    "encodings.ascii": "a file of text",
     "encodings.idna": "getaddrinfo with a host that is text, even a numeric one",
     "encodings.latin_1": "names of users and hosts",
     "encodings.punycode": "the idna codec",
