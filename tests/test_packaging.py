@@ -357,7 +357,8 @@ CONTROL = {
 TRACES = (
     "/etc/sockd.conf", "/etc/init.d/sockd", "/etc/pam.d/sockd", "/usr/lib/sockd", "/usr/sbin/sockd",
     "/usr/share/sockd", "/usr/sbin/danted.dante", "/var/lib/sockd", "/var/log/sockd.log",
-    "/etc/systemd/system/multi-user.target.wants/sockd.service", "/etc/rc2.d/S01sockd",
+    "/etc/systemd/system/multi-user.target.wants/sockd.service",
+    "/etc/systemd/system/sockets.target.wants/sockd.socket", "/etc/rc2.d/S01sockd",
 )  # fmt: skip
 
 
@@ -450,6 +451,8 @@ def test_deb_serves_at_once_and_is_purged_without_a_trace(
     system.write("/var/log/sockd.log", "x")
     install(system, deb)
     assert guards(system)
+    if boot:
+        system.run("systemctl", "enable", "sockd.socket")
     system.run("dpkg", "--purge", "sockd")
     assert [name for name in TRACES if system.exists(name)] == []
     assert system.run("id", "sockd", check=False).returncode == 1
@@ -537,13 +540,16 @@ def test_deb_serves_next_to_danted_with_a_file_of_its_own(machine: StartMachine,
     before = start_danted(system)
     ours = CONFIG.replace("1080", "1081")
     system.write("/etc/sockd.conf", ours)
+    system.run("useradd", "--system", "sockd")
     install(system, deb)
     assert serves(system, ("127.0.0.1", 1081))
     assert serves(system)
     assert read_pid(system, "danted") == before
     system.run("dpkg", "--purge", "sockd")
     assert serves(system)
+    # What was there before the package is there behind it.
     assert system.read("/etc/sockd.conf") == ours
+    assert system.run("id", "sockd").returncode == 0
 
 
 @pytest.mark.root
@@ -671,6 +677,9 @@ def test_unit_permits_all_that_the_server_does(booted: Machine) -> None:
     for source in ("127.0.0.2", "127.0.0.3"):
         assert log_in_from(booted, source, b"wonderland"), source
         assert not log_in_from(booted, source, b"looking-glass"), source
+    booted.write("/etc/pam.d/sockd", packaged("debian/pam").read_text())
+    assert log_in_from(booted, "127.0.0.3", b"wonderland")
+    assert not log_in_from(booted, "127.0.0.3", b"looking-glass")
     assert "pass(1): tcp/connect [" in booted.read("/var/log/sockd.log")
     # Each process as it should be: mother and helpers in the system, workers in the empty jail.
     seen = {(os.readlink(p / "root"), os.stat(p).st_uid) for p in processes_of(booted)}
