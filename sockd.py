@@ -10526,21 +10526,20 @@ class HttpExchange:
     No more than one read waits here in each direction.
     """
 
-    def __init__(
-        self, request: HttpRequest, records: TcpRecords, pending: bytearray, budget: Budget | None
-    ) -> None:
+    def __init__(self, session: Session, request: HttpRequest, records: TcpRecords) -> None:
         self.request = request
-        self.budget = budget  # where a rule has a bandwidth
+        self.budget = session.make_budget(records.rule)  # where a rule has a bandwidth
+        self.meter = session.meter  # where a monitor is about the request
         self.resume_at = 0.0  # while the budget is used up: when that is over
         self.client, self.target = records.sides
         self.client.peer, self.target.peer = self.target, self.client
         self.client.may_splice = self.target.may_splice = False  # every byte is looked at
         self.idle = records.rule.timeouts.io_tcp or NO_DEADLINE
         self.observe = records.observer()
-        self.pending = pending  # read from the client and not yet understood
+        self.pending = session.stream.pending  # read from the client and not yet understood
         self.upload = make_body(request.length or 0)
         self.answer = bytearray(self.client.backlog)  # read from the target and not yet understood
-        self.client.backlog = b""
+        self.target.received, self.client.backlog = len(self.answer), b""
         self.looked_at = 0  # bytes of the answer
         self.response: HttpResponse | None = None
         self.download: HttpBody = EndlessBody()
@@ -10572,6 +10571,13 @@ class HttpExchange:
                     self._serve_client(mask)
                 else:
                     self._serve_target(mask)
+            self.count()
+
+    def count(self) -> None:
+        """Let the monitor know how far the exchange is."""
+        if self.meter is not None:
+            client, target = self.client, self.target
+            self.meter.count((client.received, client.sent, target.received, target.sent))
 
     def _wait(self, deadline: float) -> list[tuple[int, int]]:
         """Return (descriptor, poll events) pairs; none when the deadline has passed."""
@@ -10858,15 +10864,13 @@ class HttpConversation:
             f"{records.near} <-> {records.far}: {client.received} <-> {target.received}"
         )
         records.opened()
-        budget = session.make_budget(records.rule)
-        exchange = HttpExchange(request, records, self.stream.pending, budget)
-        if budget is not None:
-            budget.give_back(-client.received)  # read without having asked for it
+        exchange = HttpExchange(session, request, records)
+        if exchange.budget is not None:
+            exchange.budget.give_back(-client.received)  # read without having asked for it
         reason = self.run_exchange(exchange)
-        if budget is not None:
-            budget.close()
-        session.describe_io = None
         client.received -= len(self.stream.pending)
+        self.settle(exchange, "internal" if reason.startswith("local client") else "external")
+        session.describe_io = None
         self.sent += client.sent
         self.received += client.received
         records.closed(reason)
@@ -10877,6 +10881,16 @@ class HttpConversation:
             return True
         self.finish(reason)
         return False
+
+    def settle(self, exchange: HttpExchange, first_to_close: str) -> None:
+        """Give back what an exchange held of bandwidth and monitor; the next one has its own."""
+        if exchange.budget is not None:
+            exchange.budget.close()
+        if exchange.meter is not None:
+            exchange.count()
+            exchange.meter.disconnect(first_to_close)
+            exchange.meter.close()
+        self.session.budget = self.session.meter = None
 
     def run_exchange(self, exchange: HttpExchange) -> str:
         """Return the reason for the end of an exchange, in Dante's words where it has some."""

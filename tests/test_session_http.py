@@ -30,6 +30,7 @@ from more_peers import (
 )
 from peers import Behaviour, Seen, receive, reset
 from servers import Server, Sockd, World, eventually
+from upstreams import route
 
 pytestmark = pytest.mark.root
 StartPeer = Callable[..., Any]
@@ -837,7 +838,75 @@ def test_http_wrong_passwords_slow_down_their_source(
     assert origin.seen == []
 
 
+# ------------------------------ through other proxies ------------------------------
+
+EVERY_LANGUAGE = "proxyprotocol: socks_v4 socks_v5 http"
+
+
+@pytest.mark.parametrize("protocol", ["socks_v5", "socks_v4", "http"])
+def test_http_goes_through_upstreams(
+    sockd: Any, private_world: World, peer: StartPeer, protocol: str
+) -> None:
+    """Both kinds of requests, to addresses and to names."""
+    passed = rule("socks pass", "from: 0/0 to: 0/0", EVERY_LANGUAGE, "command: connect", LOG)
+    last = sockd(IPV4_HEAD + CLIENT_PASS + passed, world=private_world)
+    way = route(last.addresses[0], proxyprotocol=protocol)
+    first = sockd(IPV4_HEAD + CLIENT_PASS + passed + way, world=private_world)
+    echo = peer("echo")
+    with target_that(mirror) as target, HttpClient(first) as client:
+        for host in ("127.0.0.1", "echo.test"):
+            answer = client.ask(make_request(f"{host}:{target.port}", "/a", method="PUT", body=b"hello"))
+            assert answer.body == b"PUT /a HTTP/1.1\nhello"
+        assert client.ask(make_connect(echo), has_body=False).status == 200
+        assert client.client.exchange(b"through") == b"through"
+        address = client.client.address
+    assert f" 127.0.0.1.{last.port} [" in wait_for_line(first, address, "tcp/connect [")
+    assert len([m for m in last.messages if "tcp/connect [" in m]) == 3
+
+
+def test_http_upstream_that_is_dead_has_a_page(sockd: Any, private_world: World, peer: StartPeer) -> None:
+    passed = rule("socks pass", "from: 0/0 to: 0/0", "proxyprotocol: http", "command: connect", LOG)
+    way = route(peer("refuser").address, proxyprotocol="socks_v5")
+    server = sockd(IPV4_HEAD + CLIENT_PASS + passed + way, world=private_world)
+    for request in (make_request("192.0.2.80:80"), b"CONNECT 192.0.2.80:80 HTTP/1.1\r\n\r\n"):
+        with HttpClient(server) as client:
+            assert client.ask(request).status == 502
+            client.expect_end()
+
+
+def test_http_login_is_handed_on_to_the_upstream(sockd: Any, private_world: World, tmp_path: Path) -> None:
+    (tmp_path / "passwords").write_text(f"alice:{hash_with('-5', 'wonderland')}\n")
+    head = IPV4_HEAD.replace("socksmethod: none", "socksmethod: username")
+    head += f"passwordfile: {tmp_path / 'passwords'}\n"
+    passed = rule("socks pass", "from: 0/0 to: 0/0", EVERY_LANGUAGE, "command: connect", LOG)
+    last = sockd(head + CLIENT_PASS + passed, world=private_world)
+    way = route(last.addresses[0], proxyprotocol="socks_v5", method="username")
+    first = sockd(head + CLIENT_PASS + passed + way, world=private_world)
+    with target_that(mirror) as target, HttpClient(first) as client:
+        assert client.ask(make_request(target, "/", basic("alice", "wonderland"))).status == 200
+    wait_for_record(last, "tcp/connect ]", "username%alice@")
+    assert "wonderland" not in first.text + last.text
+
+
 # ------------------------------ many ------------------------------
+
+
+def test_http_requests_are_sessions_for_a_monitor(sockd: Any, private_world: World) -> None:
+    """Each counts while it lasts: a connection that waits for the next request is none."""
+    monitor = rule("monitor", "from: 0/0 to: 0/0", "protocol: tcp", "internal.alarm.data.recv: 10 in 1")
+    passed = rule("socks pass", "from: 0/0 to: 0/0", "proxyprotocol: http", LOG)
+    config = IPV4_HEAD + CLIENT_PASS + passed + monitor
+    server = sockd(config, world=private_world)
+    wait_for_record(server, "alarm/data [")
+    with target_that(mirror) as target, HttpClient(server) as client:
+
+        def is_over() -> bool:
+            assert client.ask(make_request(target)).status == 200
+            return any("alarm/data ]" in message for message in server.messages)
+
+        eventually(is_over)
+        eventually(lambda: [m for m in server.messages if "alarm/data [" in m][1:])
+    assert "Session count: 0" in [m for m in server.messages if "alarm/data [" in m][1]
 
 
 def test_http_sessions_count_under_the_limits_of_their_rule(sockd: Any, private_world: World) -> None:
