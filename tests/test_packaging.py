@@ -617,6 +617,8 @@ def test_every_hardening_line_says_why() -> None:
 EVERYTHING = """\
 logoutput: /var/log/sockd.log stderr
 libwrap.hosts_access: yes
+internal.socket.so_priority: 7
+external.socket.so_sndbufforce: 300000
 internal: 127.0.0.1 port = 1080
 internal: 127.0.0.1 port = 80
 external: lo
@@ -670,6 +672,8 @@ def test_unit_permits_all_that_the_server_does(booted: Machine) -> None:
     booted.run("systemd-tmpfiles", "--create", "sockd.conf")
     assert os.listdir(booted.root / "var/lib/sockd/empty") == []
     booted.run("useradd", "--password", hash_password("wonderland"), "alice")
+    # Somebody else's, as rotation by another program may leave it.
+    booted.shell("install -o nobody -m 600 /dev/null /var/log/sockd.log")
     systemctl(booted, "start", "sockd")
     # Ready means that clients are served: no `eventually`.
     assert serves(booted)
@@ -680,7 +684,9 @@ def test_unit_permits_all_that_the_server_does(booted: Machine) -> None:
     booted.write("/etc/pam.d/sockd", packaged("debian/pam").read_text())
     assert log_in_from(booted, "127.0.0.3", b"wonderland")
     assert not log_in_from(booted, "127.0.0.3", b"looking-glass")
-    assert "pass(1): tcp/connect [" in booted.read("/var/log/sockd.log")
+    log = booted.read("/var/log/sockd.log")
+    assert "pass(1): tcp/connect [" in log
+    assert ": warning: " not in log
     # Each process as it should be: mother and helpers in the system, workers in the empty jail.
     seen = {(os.readlink(p / "root"), os.stat(p).st_uid) for p in processes_of(booted)}
     user = int(booted.run("id", "-u", "sockd").stdout)
@@ -690,8 +696,28 @@ def test_unit_permits_all_that_the_server_does(booted: Machine) -> None:
     limits = booted.read(f"/proc/{read_pid(booted, 'sockd')}/limits")
     assert re.search(rf"Max open files +{files} +{files} ", limits)
     assert systemctl(booted, "show", "-p", "TasksMax", "sockd") == systemd_line("TasksMax")
+    # A worker that hangs is killed by the mother, who is another user.
+    for process in processes_of(booted):
+        if os.readlink(process / "root") != "/":
+            os.kill(int(process.name), signal.SIGSTOP)
     systemctl(booted, "stop", "sockd")
     assert "Result=success" in systemctl(booted, "show", "sockd")
+    assert "Killing process" not in booted.run("journalctl", "-u", "sockd").stdout
+
+
+@pytest.mark.root
+def test_unit_permits_a_user_privileged_that_is_not_root(booted: Machine) -> None:
+    booted.write("/etc/pam.d/sockd", packaged("pam/sockd").read_text())
+    config = EVERYTHING.replace("user.privileged: root", "user.privileged: daemon")
+    # These two need root.
+    for line in ("chroot: /var/lib/sockd/empty\n", "libwrap.hosts_access: yes\n"):
+        config = config.replace(line, "")
+    booted.write("/etc/sockd.conf", config)
+    booted.run("useradd", "--password", hash_password("wonderland"), "alice")
+    systemctl(booted, "start", "sockd")
+    assert serves(booted, ("127.0.0.1", 80))
+    assert log_in_from(booted, "127.0.0.2", b"wonderland")
+    assert not log_in_from(booted, "127.0.0.2", b"looking-glass")
 
 
 @pytest.mark.root
