@@ -26,10 +26,11 @@ socks pass { from: 0/0 to: 0/0 }
 TREE = ast.parse(SOCKD.read_text())
 MINORS = range(10, 15)
 # Docs of Python, "What's New", sections "Removed" of 3.11 to 3.14, and what was new there.
-REMOVED = frozenset(
-    "aifc asynchat asyncore audioop binhex cgi cgitb chunk crypt distutils imghdr imp lib2to3 mailcap msilib"
-    " nis nntplib ossaudiodev pipes smtpd sndhdr spwd sunau telnetlib uu xdrlib".split()
-)
+REMOVED_NAMES = """
+aifc asynchat asyncore audioop binhex cgi cgitb chunk crypt distutils imghdr imp lib2to3 mailcap msilib
+nis nntplib ossaudiodev pipes smtpd sndhdr spwd sunau telnetlib uu xdrlib
+"""
+REMOVED = frozenset(REMOVED_NAMES.split())
 NEWER = frozenset(("annotationlib", "compression", "tomllib"))
 
 
