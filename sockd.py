@@ -691,9 +691,7 @@ NEEDS_UPNP = "it needs a UPnP library"
 # Keywords and values that are parsed but not acted upon: to support one, take its line out.
 # A value stands behind its keyword; a name that ends in a dot stands for all that begin so.
 UNSUPPORTED = {
-    "child.": NOT_YET,
     "compatibility: draft-5.05": NOT_YET,
-    "cpu.": NOT_YET,
     "extension": NOT_YET,
     "external.log.": NOT_YET,
     "internal.log.": NOT_YET,
@@ -11008,6 +11006,10 @@ RESOLVER_THREADS = 128  # questions answered at once; more wait in the inbox
 VERIFIERS = 64  # password checks at once; a PAM module may sleep 2 seconds over each
 
 
+# All that a worker tells the mother: that it has served child.maxrequests clients.
+TIRED = encode_message(0, [b"tired"])
+
+
 class Order(enum.IntEnum):
     """All that the mother tells a child."""
 
@@ -11222,6 +11224,8 @@ class Worker:
             self.survive_shortage(listener, error)
             return None
         self.accepted += 1
+        if self.accepted == self.serving.config.child_maxrequests:
+            self.say_tired()
         if self.cushion is not None and self.reserve >= 0:
             self.complained = False
         try:
@@ -11232,6 +11236,13 @@ class Worker:
             pass  # the client has gone already
         connection.close()
         return None
+
+    def say_tired(self) -> None:
+        """Ask the mother for a successor; this worker serves on until there is one."""
+        try:
+            self.control.send(TIRED, socket.MSG_DONTWAIT)
+        except OSError:
+            pass  # she is gone, and the main thread will notice
 
     def make_session(self, connection: socket.socket, address: tuple) -> Session:  # type: ignore[type-arg]
         """Return the session of a connection that has just been accepted; OSError, MemoryError."""
@@ -11824,8 +11835,11 @@ class Child(NamedTuple):
     kind: str  # worker, resolver or warden
     control: socket.socket
     number: int  # workers: 1 to their count
-    generation: int  # counts reloads: only children of the newest are replaced when they die
+    generation: (
+        int  # counts reloads: only children of the newest are replaced when they die; -1 - it: relieved
+    )
     counts: Counts | None = None  # of its generation
+    born: float = 0.0
 
 
 def ignore_signal(number: int, frame: object) -> None:
@@ -11860,6 +11874,50 @@ def prefer_throughput() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     except OSError:
         pass  # a container may forbid it: the server is then only slower
+
+
+# The processes that do the work of Dante's (sockd.conf(5), cpu).  What its monitor process does is the
+# mother's work, and what its negotiate, request and io processes do for a client is a worker's: so there
+# "negotiate" and "request" are about those who help with it.
+KIND_OF_PROCESS = {"mother": "mother", "negotiate": "warden", "request": "resolver", "io": "worker"}
+POLICY_NUMBERS = {
+    "other": os.SCHED_OTHER,
+    "fifo": os.SCHED_FIFO,
+    "rr": os.SCHED_RR,
+    "batch": os.SCHED_BATCH,
+    "idle": os.SCHED_IDLE,
+}
+
+
+def find_mask(config: Config, kind: str) -> tuple[int, ...]:
+    """Return the CPUs that a kind of process is to run on; () for any."""
+    masks = [cpus for process, cpus in config.cpu_masks if KIND_OF_PROCESS.get(process) == kind]
+    return masks[-1] if masks else ()
+
+
+def find_schedule(config: Config, kind: str) -> tuple[int, int]:
+    """Return the policy and priority that a kind of process is to run with."""
+    found = [
+        (POLICY_NUMBERS[policy], priority)
+        for process, policy, priority in config.cpu_schedules
+        if KIND_OF_PROCESS.get(process) == kind
+    ]
+    return found[-1] if found else (os.SCHED_BATCH if kind == "worker" else os.SCHED_OTHER, 0)
+
+
+def obey_cpu_settings(config: Config, kind: str, usable: frozenset[int], log: Log) -> None:
+    """Put this process on its CPUs and under its policy (sockd.conf(5), cpu); a fault is a warning.
+
+    Whatever is not configured is set too, as a child begins with what the mother has.
+    """
+    if not (config.cpu_masks or config.cpu_schedules):
+        return
+    policy, priority = find_schedule(config, kind)
+    try:
+        os.sched_setaffinity(0, find_mask(config, kind) or usable)
+        os.sched_setscheduler(0, policy, os.sched_param(priority))
+    except OSError as error:
+        log.write("warning", f"could not set cpu.schedule or cpu.mask of the {kind}: {error.strerror}")
 
 
 def daemonize() -> int:
@@ -12011,6 +12069,8 @@ class Mother:
         self.ending = False
         self.last_spawn = 0.0
         self.due: list[tuple[float, str, int]] = []  # (when, kind, number): children to fork again
+        self.tired: set[int] = set()  # workers to be replaced (sockd.conf(5), child)
+        self.usable_cpus = frozenset(os.sched_getaffinity(0))
 
     # --- start ---
 
@@ -12141,10 +12201,16 @@ class Mother:
 
     def count_workers(self) -> int:
         """Return the -N of the command line; unlike danted's its default is one for each usable CPU."""
-        return self.options.servers or len(os.sched_getaffinity(0))
+        return self.options.servers or len(find_mask(self.config, "worker") or self.usable_cpus)
+
+    def count_places(self) -> int:
+        """Return how many workers there may be at a time: with child.*, each has one that relieves it."""
+        replaces = self.config.child_maxrequests or self.config.child_maxlifetime
+        return self.count_workers() * (2 if replaces else 1)
 
     def spawn_children(self) -> None:
         self.renew_counts()
+        obey_cpu_settings(self.config, "mother", self.usable_cpus, self.log)
         gc.collect()
         release_memory()
         gc.freeze()  # the collector then leaves the pages that all processes share alone
@@ -12161,7 +12227,7 @@ class Mother:
         """
         if self.counts is not None:
             self.counts.lock.close()  # the old workers have theirs, and none of them is replaced
-        self.counts = make_counts(self.config, self.count_workers())
+        self.counts = make_counts(self.config, self.count_places())
         self.watches = make_watches(self.config, self.counts)
         self.start_watches()
 
@@ -12187,7 +12253,7 @@ class Mother:
         body = {"worker": self.be_worker, "resolver": self.be_resolver, "warden": self.be_warden}[kind]
         self.last_spawn = time.monotonic()
         pid, control = spawn(lambda control: self.be_child(body, control, number), inherited)
-        self.children[pid] = Child(kind, control, number, self.generation, self.counts)
+        self.children[pid] = Child(kind, control, number, self.generation, self.counts, self.last_spawn)
 
     def be_child(self, body: Callable[[socket.socket, int], int], control: socket.socket, number: int) -> int:
         """Run the body of a child; what it cannot recover from is logged and ends it."""
@@ -12214,9 +12280,11 @@ class Mother:
         if needs_gssapi(self.config):
             preload_gssapi()
         prefer_throughput()
+        obey_cpu_settings(self.config, "worker", self.usable_cpus, self.log)
         limit_arenas()
         drop_privileges(self.accounts[1], self.options.chroot or self.config.chroot)
-        self.log.write("info", f"sockd/server[{number}/{self.count_workers()}] v{__version__} running")
+        count = self.count_workers()
+        self.log.write("info", f"sockd/server[{(number - 1) % count + 1}/{count}] v{__version__} running")
         return worker.run()
 
     def be_resolver(self, control: socket.socket, _: int) -> int:
@@ -12224,6 +12292,7 @@ class Mother:
         for listener in self.listeners.values():
             listener.close()
         threading.stack_size(THREAD_STACK_BYTES)
+        obey_cpu_settings(self.config, "resolver", self.usable_cpus, self.log)
         drop_privileges(self.accounts[1], "")
         return run_helper(self.serving(), self.resolver_inbox[0], control, Resolver())
 
@@ -12231,6 +12300,7 @@ class Mother:
         """The life of the warden, in its process."""
         for listener in self.listeners.values():
             listener.close()
+        obey_cpu_settings(self.config, "warden", self.usable_cpus, self.log)
         if self.accounts[0] is not None:
             become_privileged(self.accounts[0])
         warden = Warden(self.config, self.log, self.accounts, self.log.program)
@@ -12259,6 +12329,7 @@ class Mother:
                 poller.register(descriptor, select.POLLIN)
             self.manager.sign_of_life()
             times = [when for when, _, _ in self.due] + [watch.due for watch in self.watches]
+            times.append(self.next_retirement())
             timeout = min([self.manager.next_sign, *times])
             for descriptor, _ in poller.poll(poll_milliseconds(timeout)):
                 if descriptor == self.wakeup[0]:
@@ -12266,6 +12337,7 @@ class Mother:
                 else:
                     self.hear_child(by_descriptor[descriptor])
             self.respawn()
+            self.relieve_workers()
             self.check_alarms()
         return self.end()
 
@@ -12379,6 +12451,38 @@ class Mother:
         for _, kind, number in due:
             self.spawn_child(kind, number)
 
+    def next_retirement(self) -> float:
+        """Return when the oldest worker has lived for child.maxlifetime."""
+        lifetime = self.config.child_maxlifetime
+        births = [c.born for pid, c in self.children.items() if self.serves(c) and pid not in self.tired]
+        return min(births) + lifetime if lifetime and births else NO_DEADLINE
+
+    def serves(self, child: Child) -> bool:
+        """Tell whether a child is a worker that takes clients."""
+        return child.kind == "worker" and child.generation == self.generation
+
+    def relieve_workers(self) -> None:
+        """Replace each worker that has served or lived long enough; it finishes its sessions.
+
+        A place is free again when the worker that had it has ended: until then the next one serves on.
+        """
+        if self.next_retirement() <= time.monotonic():
+            oldest = time.monotonic() - self.config.child_maxlifetime
+            self.tired |= {pid for pid, c in self.children.items() if self.serves(c) and c.born <= oldest}
+        self.tired &= set(self.children)
+        relieved = -1 - self.generation  # the generation of those who have been
+        taken = {c.number for c in self.children.values() if c.generation in (self.generation, relieved)}
+        for pid in tuple(self.tired):
+            child, count = self.children[pid], self.count_workers()
+            place = child.number + count if child.number <= count else child.number - count
+            if self.serves(child) and place in taken:
+                continue
+            self.tired.discard(pid)
+            if self.serves(child):
+                self.spawn_child("worker", place)
+                self.children[pid] = child._replace(generation=relieved)
+                self.order(child, Order.DRAIN)
+
     def hear_child(self, pid: int) -> None:
         """Read what a child has to say: a helper may report a worker that has gone wrong."""
         child = self.children.get(pid)
@@ -12389,12 +12493,15 @@ class Mother:
             if not data:
                 self.reap_soon(pid, child)
                 return
+            if data == TIRED and self.serves(child) and self.config.child_maxrequests:
+                self.tired.add(pid)
+                return
             _, fields = decode_message(data)
             culprit = int(fields[0])
         except (OSError, ProtocolError, ValueError, IndexError):
             culprit = pid
         if child.kind == "worker":
-            culprit = pid  # a worker of ours says nothing here, so this one is not ours any more
+            culprit = pid  # a worker of ours says nothing else here, so this one is not ours any more
         elif culprit == int(NOBODY) and child.generation == self.generation:
             self.start_over()
             return

@@ -126,8 +126,6 @@ FRIENDLY = {
 }
 # Accepted by danted, and by the grammar here; the start is refused, as their effect is not built yet.
 NOT_BUILT = {
-    "cpu-mask": {"cpu.mask.PROCESS"},
-    "cpu-schedule": {"cpu.schedule.PROCESS"},
     "iflog-error": {"external.log.LEVEL.error"},
 }
 # danted was built without these; what we make of them is find_unsupported's affair.

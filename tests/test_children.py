@@ -1,0 +1,189 @@
+"""`child.*` and `cpu.*`: workers that are replaced in time, and where and how processes run."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from client import CONNECT, Client
+from conftest import Factory
+from servers import Process, Server, eventually
+
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("as_root")]
+
+CONFIG = """\
+internal: 127.0.0.1 port = 0
+external: 127.0.0.1
+user.privileged: root
+user.unprivileged: nobody
+socksmethod: none
+{settings}
+client pass {{ from: 0/0 to: 0/0 }}
+socks pass {{
+from: 0/0 to: 0/0
+{rule}
+log: connect
+}}
+"""
+
+
+def configure(settings: str, rule: str = "") -> str:
+    return CONFIG.format(settings=settings, rule=rule)
+
+
+@pytest.fixture(params=["sockd", pytest.param("danted", marks=pytest.mark.dante)])
+def start(request: pytest.FixtureRequest) -> Factory:
+    """Start one of the two servers."""
+    factory: Factory = request.getfixturevalue(request.param)
+    return factory
+
+
+def list_servers_of(server: Server) -> set[int]:
+    """Give the processes that have connected clients to targets, as the log names them."""
+    return {record.pid for record in server.log if "tcp/connect [" in record.message}
+
+
+def serve_one(server: Server, target: tuple[str, int]) -> None:
+    with Client(server.addresses[0]) as client:
+        assert client.open5(CONNECT, *target).code == 0
+        assert client.exchange(b"ping") == b"ping"
+
+
+def test_a_worker_that_has_served_enough_is_replaced(start: Factory, peer: Callable[..., Any]) -> None:
+    server = start(configure("child.maxrequests: 2"))
+    target = peer("echo").address
+    for _ in range(9):
+        serve_one(server, target)
+        time.sleep(0.05)  # the new worker needs a moment; until it is there the old one goes on
+    assert len(list_servers_of(server)) > 1
+    server.take_baseline()
+
+
+def test_without_child_maxrequests_the_worker_stays(sockd: Factory, peer: Callable[..., Any]) -> None:
+    server = sockd(configure(""))
+    target = peer("echo").address
+    for _ in range(9):
+        serve_one(server, target)
+    assert len(list_servers_of(server)) == 1
+
+
+@pytest.mark.parametrize(
+    "settings", ["child.maxrequests: 1", "child.maxlifetime: 1"], ids=["requests", "lifetime"]
+)
+def test_sessions_outlive_the_end_of_their_worker(
+    sockd: Factory, peer: Callable[..., Any], settings: str
+) -> None:
+    # With counts of sessions, which both workers share.
+    server = sockd(configure(settings, "session.max: 2"))
+    target = peer("echo").address
+    with Client(server.addresses[0]) as first:
+        assert first.open5(CONNECT, *target).code == 0
+        eventually(lambda: sum(record.message.endswith(" running") for record in server.log) > 1)
+        eventually(lambda: count_listening(server) == 1)
+        with Client(server.addresses[0]) as second, Client(server.addresses[0]) as third:
+            assert second.open5(CONNECT, *target).code == 0
+            assert first.exchange(b"ping") == b"ping"
+            assert second.exchange(b"pong") == b"pong"
+            assert third.open5(CONNECT, *target).code == 2
+    assert len(list_servers_of(server)) == 2
+    eventually(lambda: len([p for p in server.processes() if p.pid != server.pid]) == 3)
+    server.take_baseline()
+
+
+def count_listening(server: Server) -> int:
+    """Count the workers that hold the listener."""
+    listener = f":{server.port:04X} "
+    with open("/proc/net/tcp") as file:
+        inodes = {line.split()[9] for line in file if listener in line and " 0A " in line}
+    links = {f"socket:[{inode}]" for inode in inodes}
+    return sum(bool(links & set(list_links(process))) for process in server.processes()) - 1  # the mother
+
+
+def list_links(process: Process) -> list[str]:
+    folder = f"/proc/{process.pid}/fd"
+    try:
+        return [os.readlink(f"{folder}/{name}") for name in os.listdir(folder)]
+    except FileNotFoundError:
+        return []
+
+
+def test_a_worker_is_not_replaced_while_its_predecessor_is_still_busy(
+    sockd: Factory, peer: Callable[..., Any]
+) -> None:
+    server = sockd(configure("child.maxrequests: 1"))
+    target = peer("echo").address
+    with Client(server.addresses[0]) as long_one:
+        assert long_one.open5(CONNECT, *target).code == 0
+        eventually(lambda: count_listening(server) == 1)
+        for _ in range(5):
+            serve_one(server, target)
+        workers = {record.pid for record in server.log if record.message.endswith(" running")}
+        assert len(workers) == 2
+    eventually(lambda: len({r.pid for r in server.log if r.message.endswith(" running")}) > 2)
+    server.take_baseline()
+
+
+def test_a_worker_that_lies_about_being_tired_is_replaced_once(sockd: Factory) -> None:
+    """Only the word of a worker that serves counts: the process count stays bounded."""
+    server = sockd(configure("child.maxrequests: 1"))
+    for _ in range(30):
+        with socket.create_connection(server.addresses[0], 10):
+            pass
+    eventually(lambda: len(server.processes()) <= 5)
+    server.take_baseline()
+
+
+# ------------------------------ cpu ------------------------------
+
+
+def find_kinds(server: Server) -> dict[str, list[int]]:
+    """Give sockd's processes by kind: the worker says who it is, the helpers start before it."""
+    worker = next(record.pid for record in server.log if record.message.endswith(" running"))
+    others = sorted(p.pid for p in server.processes() if p.pid not in (server.pid, worker))
+    return {"mother": [server.pid], "resolver": others[:1], "warden": others[1:], "worker": [worker]}
+
+
+@pytest.mark.parametrize(
+    ("process", "kind"),
+    [("mother", "mother"), ("request", "resolver"), ("negotiate", "warden"), ("io", "worker")],
+)
+def test_a_policy_is_for_one_kind_of_process(sockd: Factory, process: str, kind: str) -> None:
+    server = sockd(configure(f"cpu.schedule.{process}: idle/0\ncpu.mask.{process}: 0"))
+    for name, pids in find_kinds(server).items():
+        for pid in pids:
+            policy = os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK
+            assert (policy == os.SCHED_IDLE) is (name == kind), name
+            expected = {0} if name == kind else os.sched_getaffinity(0)
+            assert os.sched_getaffinity(pid) == expected, name
+
+
+def test_a_policy_and_a_mask_apply_to_those_who_relay(start: Factory, peer: Callable[..., Any]) -> None:
+    server = start(configure("cpu.schedule.io: idle/0\ncpu.mask.io: 0"))
+    serve_one(server, peer("echo").address)
+    (pid,) = list_servers_of(server)
+    assert os.sched_getscheduler(pid) == os.SCHED_IDLE
+    assert os.sched_getaffinity(pid) == {0}
+
+
+def test_a_priority_is_set(start: Factory, peer: Callable[..., Any]) -> None:
+    settings = "cpu.schedule.io: rr/7"
+    server = start(configure(settings))
+    serve_one(server, peer("echo").address)
+    (pid,) = list_servers_of(server)
+    if re.search("could not set cpu.schedule|sched_setscheduler", server.text):
+        pytest.skip("this machine grants nobody a real-time priority")
+    assert os.sched_getscheduler(pid) == os.SCHED_RR
+    assert os.sched_getparam(pid).sched_priority == 7
+
+
+def test_any_cpu_is_the_default(start: Factory, peer: Callable[..., Any]) -> None:
+    server = start(configure("cpu.mask.io: any\ncpu.mask.mother: 0"))
+    serve_one(server, peer("echo").address)
+    (pid,) = list_servers_of(server)
+    assert os.sched_getaffinity(pid) == os.sched_getaffinity(0)
+    assert os.sched_getaffinity(server.pid) == {0}
