@@ -522,6 +522,21 @@ def test_deb_leaves_danted_alone_whose_file_it_cannot_use(machine: StartMachine,
 
 
 @pytest.mark.root
+def test_deb_does_not_start_what_was_not_running(machine: StartMachine, deb: Path) -> None:
+    system = machine(boot=True)
+    system.write("/etc/danted.conf", CONFIG)
+    assert "when danted is started the next time" in install(system, deb)
+    assert not serves(system)
+    system.run("service", "danted", "start")
+    eventually(lambda: serves(system))
+    assert run_by(system, read_pid(system, "danted")) == "sockd"
+    system.run("service", "danted", "stop")
+    system.run("dpkg", "--purge", "sockd")
+    assert not serves(system)
+    start_danted(system)
+
+
+@pytest.mark.root
 def test_deb_puts_danted_back_when_sockd_does_not_start(machine: StartMachine, deb: Path) -> None:
     system = machine(boot=True)
     start_danted(system)
