@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import random
 import re
 import socket
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import login_peers
 import pytest
 from client import CONNECT, Client, Feed, bytewise, random_splits, whole
 from more_peers import (
@@ -821,6 +823,24 @@ def test_http_each_request_is_its_users_own(guarded: Server) -> None:
         assert len(target.seen) == 1
 
 
+def test_http_password_may_be_one_that_pam_knows(sockd: Any, private_world: World, tmp_path: Path) -> None:
+    login_peers.need_pam()
+    world = login_peers.write_pam_services(private_world, tmp_path / "pam")
+    head = IPV4_HEAD.replace("socksmethod: none", "socksmethod: pam.username")
+    head += "login.penalty: no\nuser.privileged: root\nuser.unprivileged: nobody\n"
+    passed = rule("socks pass", "from: 0/0 to: 0/0", "proxyprotocol: http", "pam.servicename: pwdfile", LOG)
+    server = sockd(head + CLIENT_PASS + passed, world=world)
+    with target_that(mirror) as target, HttpClient(server) as client:
+        assert client.ask(make_request(target)).status == 407
+        assert client.ask(make_request(target, "/", basic("paula", "paula-pw"))).status == 200
+        assert client.ask(make_request(target, "/", basic("paula", "wrong-pw"))).status == 407
+        client.expect_end()
+        address = client.client.address
+        assert len(target.seen) == 1
+    assert "pam.username%paula@" in wait_for_line(server, address, "tcp/connect ]")
+    assert "-pw" not in server.text
+
+
 def test_http_wrong_passwords_slow_down_their_source(
     sockd: Any, private_world: World, peer: StartPeer, tmp_path: Path
 ) -> None:
@@ -971,3 +991,31 @@ def test_http_sessions_end_when_the_server_stops(sockd: Any, private_world: Worl
         assert server.stop() == 0
     for address in addresses:
         assert "administrative termination" in wait_for_line(server, address, "tcp/accept ]")
+
+
+# ------------------------------ anything at all ------------------------------
+
+
+def test_http_conversation_of_any_bytes_ends(server: Server, peer: StartPeer) -> None:
+    """Requests that were changed at random, in pieces cut at random; the server serves the next client."""
+    chance = random.Random(9112)
+    noise = [b"\r\n", b"\n", b"\0", b" ", b":", b"Content-Length: 7\r\n", b"0\r\n\r\n", CHUNKED]
+    with target_that(mirror) as target:
+        chunked = make_request(target, "/b", "Transfer-Encoding: chunked", method="POST")
+        samples = [
+            make_request(target, "/a", method="PUT", body=b"hello"),
+            chunked + b"5\r\nhello\r\n0\r\n\r\n",
+            make_request(target, "/c", "Connection: close"),
+            make_connect(peer("discard")) + b"data",
+        ]
+        for number in range(150):
+            data = bytearray(b"".join(chance.choices(samples, k=3)))
+            for _ in range(chance.randint(1, 3)):
+                place = chance.randrange(len(data))
+                data[place : place + chance.randint(0, 2)] = chance.choice(noise)
+            with Client(server.addresses[0], random_splits(number)) as client, contextlib.suppress(OSError):
+                client.send(bytes(data))
+                client.finish_sending()
+                client.receive_all()
+        with HttpClient(server) as good:
+            assert good.ask(make_request(target)).status == 200
