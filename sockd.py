@@ -8983,8 +8983,6 @@ class Session:
         self.leave_places()
         if self.budget is not None:
             self.budget.close()
-        if self.meter is not None:
-            self.meter.close()
 
     def abort(self) -> None:
         """Make the session end soon.  Called by the worker's main thread."""
@@ -9333,7 +9331,10 @@ class Session:
         self.leave_requests()
 
     def leave_requests(self) -> None:
-        """Give back what requests that are over hold of limits, and in the balance of upstreams."""
+        """Give back what requests that are over hold: of limits, in monitors, in the balance of upstreams."""
+        if self.meter is not None:
+            self.meter.close()
+            self.meter = None
         held, self.places = self.places, []
         for place in held:
             if self.serving.counts is not None:

@@ -230,6 +230,23 @@ def test_limits_of_a_bindreply_rule_refuse_the_peer(gather: Gather, stack: conte
     assert record.endswith(": session limit reached (1/1 slot in use)")
 
 
+def test_limits_count_an_http_client_once_however_many_requests_it_makes(
+    gather: Gather, peer: StartPeer
+) -> None:
+    crowd = gather(socks_rule("session.max: 1", "proxyprotocol: http socks_v5"))
+    target = peer("origin")
+    client = crowd.stack.enter_context(Client(crowd.server.addresses[0]))
+    for _ in range(3):
+        client.send(b"GET http://127.0.0.1:%d/ HTTP/1.1\r\nHost: origin\r\n\r\n" % target.port)
+        answer = b""
+        while not answer.endswith(b"origin\n"):
+            answer += client.receive(1)
+        assert b" 200 " in answer
+    assert crowd.come() == REFUSED
+    client.close()
+    assert eventually(lambda: crowd.come() == IN)
+
+
 # ------------------------------ many clients, several workers ------------------------------
 
 

@@ -295,6 +295,27 @@ def test_monitor_counts_datagrams_and_those_too_large(
     control.reset()
 
 
+def test_monitor_counts_http_requests_one_at_a_time(
+    factory: Factory, peer: StartPeer, stack: contextlib.ExitStack
+) -> None:
+    config = monitored("internal.alarm.data.recv: 10 in 1", "external.alarm.data.recv: 10 in 1")
+    server = factory(config.replace("socks pass {", "socks pass {\n    proxyprotocol: http"))
+    wait_for_record(server, "alarm/data [: 0/0 -> 0/0 internal.recv")
+    target = peer("origin")
+    client = stack.enter_context(Client(server.addresses[0]))
+
+    def is_over() -> bool:
+        client.send(b"GET http://127.0.0.1:%d/ HTTP/1.1\r\nHost: origin\r\n\r\n" % target.port)
+        answer = b""
+        while not answer.endswith(b"origin\n"):
+            answer += client.receive(1)
+        return sum("alarm/data ]" in message for message in server.messages) == 2
+
+    assert eventually(is_over)
+    for side in ("internal", "external"):
+        assert "Session count: 1." in wait_for_record(server, f"alarm/data ]: 0/0 -> 0/0 {side}.recv")
+
+
 @each_server
 def test_monitor_forgets_its_alarms_at_sighup_without_a_word(factory: Factory) -> None:
     server = factory(monitored("internal.alarm.data.recv: 10 in 1"))
