@@ -6930,7 +6930,8 @@ class Meter:
     def count(self, moved: tuple[int, int, int, int]) -> None:
         """Count what the session has moved so far, in all."""
         if moved != self.moved:
-            changes = [(self.row + what, moved[what] - self.moved[what]) for what in range(4)]
+            new = [now - before for now, before in zip(moved, self.moved, strict=True)]
+            changes = [(self.row + what, change) for what, change in enumerate(new) if change]
             self.moved = moved
             self.counts.add(changes)
 

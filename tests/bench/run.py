@@ -35,6 +35,7 @@ from work import (
     applies,
     make_tasks,
     orderly_task,
+    price_tasks,
 )
 
 DESCRIPTORS_WANTED = 65536
@@ -58,6 +59,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the rows and stop")
     parser.add_argument("--sockd-args", default="", metavar="ARGS", help='say "-N 4"')
     parser.add_argument("--orderly", action="store_true", help="also the row with TIME_WAIT, slow")
+    parser.add_argument("--prices", action="store_true", help="also rows with limits, bandwidth, monitor")
     parser.add_argument("--linear", nargs="?", const=",".join(SERIES), default="", metavar="SERIES")
     parser.add_argument("--churn", type=float, default=0.0, metavar="SECONDS")
     parser.add_argument("--no-table", action="store_true", help="only --linear and --churn")
@@ -218,6 +220,7 @@ def measure(options: argparse.Namespace, folder: Path) -> report.Results:
     servers = choose_servers(options.servers, notes)
     steps = QUICK_IDLE_STEPS if options.quick else IDLE_STEPS
     extra = [orderly_task(32)] if options.orderly else []
+    extra += price_tasks() if options.prices else []
     tasks, rows = choose_tasks(make_tasks(steps) + extra, options.only)
     names = [server.name for server in servers]
     results = report.Results(describe_machine(options), rows, names, notes=notes)
@@ -249,7 +252,7 @@ def write_results(results: report.Results, folder: Path) -> None:
 
 
 def list_rows() -> None:
-    for task in [*make_tasks(IDLE_STEPS), orderly_task(32)]:
+    for task in [*make_tasks(IDLE_STEPS), orderly_task(32), *price_tasks()]:
         for row in task.rows:
             print(f"{row.key:14} {row.title}")
 

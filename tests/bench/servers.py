@@ -42,6 +42,8 @@ class Setup:
 
     ports: tuple[int, ...] = ()
     rules: int = 1
+    items: tuple[str, ...] = ()  # lines in the rule that all sessions match
+    objects: tuple[str, ...] = ()  # lines behind the rules
     sockd_args: tuple[str, ...] = ()
 
 
@@ -82,7 +84,8 @@ def make_config(setup: Setup, folder: Path) -> str:
     lines.append(f"user.unprivileged: {unprivileged_user()}")
     lines += ["client pass { from: 127.0.0.0/8 to: 127.0.0.0/8", " log: connect", "}"]
     lines += [blocking_rule(number) for number in range(setup.rules - 1)]
-    lines += ["socks pass { from: 127.0.0.0/8 to: 0.0.0.0/0", " log: connect", "}"]
+    lines += ["socks pass { from: 127.0.0.0/8 to: 0.0.0.0/0", " log: connect", *setup.items, "}"]
+    lines += setup.objects
     return "\n".join(lines) + "\n"
 
 
