@@ -81,6 +81,13 @@ def wait_for_record(server: Server, *parts: str) -> str:
     return eventually(find) or ""
 
 
+def wait_for_workers(server: Server, count: int) -> Server:
+    """Wait until so many workers run, and take what the server then holds for its baseline."""
+    eventually(lambda: sum(message.endswith(" running") for message in server.messages) >= count)
+    server.take_baseline()
+    return server
+
+
 # ------------------------------ gauges ------------------------------
 
 

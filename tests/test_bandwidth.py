@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from client import BIND, CONNECT, UDP_ASSOCIATE, Client, UdpClient
 from conftest import Factory
-from more_peers import IPV4_HEAD, measure_idleness, rule, wait_for_line, wait_for_record
+from more_peers import IPV4_HEAD, measure_idleness, rule, wait_for_line, wait_for_record, wait_for_workers
 from peers import Seen, TcpPeer
 from servers import Server, eventually, read_process
 
@@ -110,7 +110,10 @@ def traffic(sockd: Factory) -> Iterator[Callable[..., Traffic]]:
     started: list[Traffic] = []
 
     def start(config: str, *options: str) -> Traffic:
-        started.append(Traffic(sockd(config, *options)))
+        server = sockd(config, *options)
+        if options:
+            wait_for_workers(server, int(options[1]))
+        started.append(Traffic(server))
         return started[-1]
 
     yield start

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from client import BIND, CONNECT, UDP_ASSOCIATE, Client
 from conftest import Factory
-from more_peers import rule, wait_for_record
+from more_peers import rule, wait_for_record, wait_for_workers
 from servers import Server, eventually, read_process
 
 import sockd as program
@@ -95,7 +95,14 @@ def stack(factory: Factory) -> Iterator[contextlib.ExitStack]:
 @pytest.fixture
 def gather(factory: Factory, peer: StartPeer, stack: contextlib.ExitStack) -> Callable[..., Crowd]:
     """`gather(config, *options)` starts a server and gives its crowd."""
-    return lambda config, *options: Crowd(factory(config, *options), peer("echo").port, stack)
+
+    def start(config: str, *options: str) -> Crowd:
+        server = factory(config, *options)
+        if options:
+            wait_for_workers(server, int(options[1]))
+        return Crowd(server, peer("echo").port, stack)
+
+    return start
 
 
 Gather = Callable[..., Crowd]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from client import BIND, CONNECT, UDP_ASSOCIATE, Client, UdpClient
 from conftest import Factory
-from more_peers import rule, wait_for_record
+from more_peers import rule, wait_for_record, wait_for_workers
 from servers import Server, eventually, read_process
 
 import sockd as program
@@ -118,7 +118,7 @@ def test_monitor_hears_each_side_and_direction(
 def test_monitor_counts_over_all_workers(
     factory: Factory, peer: StartPeer, stack: contextlib.ExitStack
 ) -> None:
-    server = factory(monitored("internal.alarm.data.recv: 79999 in 1"), "-N", "4")
+    server = wait_for_workers(factory(monitored("internal.alarm.data.recv: 79999 in 1"), "-N", "4"), 4)
     wait_for_record(server, "alarm/data [")
     target = peer("discard")
     clients = [connect(server, target, stack) for _ in range(16)]
@@ -202,7 +202,7 @@ def test_monitor_of_disconnects_looks_at_their_ratio(
     for source, ratio in (("127.0.0.2", "2/4"), ("127.0.0.3", "2/4")):
         alarm = f"internal.alarm.disconnect: {ratio} in 2"
         config += rule("monitor", f"from: {source}/32 to: 0/0", alarm, CLOCK)
-    server = factory(config, "-N", "2")
+    server = wait_for_workers(factory(config, "-N", "2"), 2)
     wait_for_record(server, "monitor(2): alarm/data [")
     target = peer("echo")
     few = [connect(server, target, stack, "127.0.0.2") for _ in range(5)]
