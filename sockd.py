@@ -4867,7 +4867,10 @@ def describe_client(endpoint: Endpoint, method: str = "none", user: str = "") ->
     """
     if method == "none" or not user:
         return str(endpoint)
-    return f"{method}%{escape_text(user)}@{endpoint}"
+    name = escape_text(user)
+    if method.startswith("gssapi/"):
+        name = name.replace("\\100", "@")  # every principal has one, and the KDC has vouched for it
+    return f"{method}%{name}@{endpoint}"
 
 
 def describe_endpoint(endpoint: Endpoint) -> str:
@@ -6729,6 +6732,9 @@ class Seal:
         # Where each message may be protected as one likes it is encrypted.
         self.confidential = int(level > 1)
         self.room = context.find_room(self.confidential)
+        self.overhead = (
+            GSSAPI_HEAD.size + GSSAPI_MAX - self.room
+        )  # bytes that a message has more than its data
         self.partial = bytearray()  # the beginning of a message that has not yet come whole
 
     def close(self) -> None:
@@ -6748,6 +6754,7 @@ class Seal:
             raise SealBroken(str(error)) from None
         if news & ~accepted:
             raise SealBroken("a gssapi message was repeated, or is out of order")
+        # Unlike Dante, which takes messages that are repeated, or not encrypted though that was agreed.
         if self.level == PROTECTIONS.index("confidentiality") and not encrypted:
             raise SealBroken("a gssapi message is not encrypted")
         return data
@@ -7495,7 +7502,7 @@ def readable_bytes(connection: socket.socket) -> int:
 
 
 class SealedSide(Side):
-    """A client whose connection is protected.  It counts what is in the messages, as Dante."""
+    """A client whose connection is protected.  As Dante: it counts what is sent, protection included."""
 
     __slots__ = ("seal",)
 
@@ -7508,19 +7515,15 @@ class SealedSide(Side):
 
     def receive(self) -> bytes | None:
         """Return what is in the messages that have come whole, as Side.receive does."""
-        before = self.received
         raw = super().receive()
-        self.received = before
         if not raw:
             if raw is not None and self.seal.partial:
                 raise SideFailed(self, OSError(errno.EBADMSG, "eof within a gssapi message"))
             return raw
         try:
-            data = self.seal.open(raw)
+            return self.seal.open(raw) or None
         except SealBroken as error:
             raise SideFailed(self, OSError(errno.EBADMSG, str(error))) from None
-        self.received += len(data)
-        return data or None
 
     def receive_urgent(self) -> bytes | None:
         return None
@@ -7529,24 +7532,19 @@ class SealedSide(Side):
         super().keep(self._seal(data))
 
     def _seal(self, data: bytes) -> bytes:
-        """Return data as messages, and count it as sent; OSError."""
+        """Return data as messages; OSError."""
         try:
-            sealed = self.seal.seal(data)
+            return self.seal.seal(data)
         except GssError as error:
             raise OSError(errno.EBADMSG, str(error)) from None
-        self.sent += len(data)
-        return sealed
 
     def send(self, data: bytes) -> None:
         """Seal data and send it; a backlog is sealed already."""
         self.urgent = False
         try:
-            sealed = data if self.backlog else self._seal(data)
+            super().send(data if self.backlog else self._seal(data))
         except OSError as error:
             raise SideFailed(self, error) from None
-        counted = self.sent
-        super().send(sealed)
-        self.sent = counted
 
 
 class SealedSocket(socket.socket):
@@ -9144,6 +9142,7 @@ class Session:
             if self.seal is not None:
                 self.stream = SealedStream(self.stream, self.seal)
         except (ProtocolError, GssError) as error:
+            # Unlike Dante, which just hangs up.
             send_all(self.connection, GSSAPI_ABORT, deadline)
             raise ProtocolError(str(error)) from None
 
@@ -9177,21 +9176,26 @@ class Session:
         wish = token if is_nec else context.unwrap(token)[0]
         # As Dante: in the clear only where the rule says so, as RFC 1961 does not have it.
         allowed = settings.enctypes or ("integrity", "confidentiality")
-        asked = PROTECTIONS[wish[0]] if len(wish) == 1 and wish[0] < len(PROTECTIONS) else "nothing known"
+        asked = PROTECTIONS[wish[0]] if len(wish) == 1 and wish[0] < len(PROTECTIONS) else "unknown"
         if asked not in allowed:
+            offer = ", ".join(f"{word.replace('-', ' ')}/{int(word in allowed)}" for word in PROTECTIONS)
             raise ProtocolError(
-                f"the client requests different protection from what we offer: {asked}, "
-                f"not {' or '.join(allowed)}"
+                "the client requests different authentication from what we offer.  "
+                f"Client requests {asked} (0x{wish[:1].hex().lstrip('0') or '0'}), but we offer: {offer}"
             )
         self.stream.send(encode_gssapi(GSSAPI_LEVEL, wish if is_nec else context.wrap(wish, 0)), deadline)
         return wish[0]
+
+    def protection(self) -> str:
+        """Return the word for what GSS-API protects of the client's connection."""
+        return PROTECTIONS[self.seal.level if self.seal is not None else 0]
 
     def find_protection_fault(self, rule: Rule) -> str:
         """Return why the client's protection is not enough for a rule, or "".
 
         Unlike Dante, for which gssapi.enctype counts in client-rules only.
         """
-        level = PROTECTIONS[self.seal.level if self.seal is not None else 0]
+        level = self.protection()
         if level in (rule.gssapi.enctypes or PROTECTIONS):
             return ""
         return f"gssapi protection is {level}, and not {' or '.join(rule.gssapi.enctypes)}"
@@ -9356,7 +9360,8 @@ class Session:
     def authenticated_by(self, method: str) -> None:
         """Let the records of the request name the client."""
         user = (self.lookup.ident_answer or "") if method == "rfc931" else self.identity.user
-        self.record.authenticate(method or self.identity.method, user)  # no rule, no method: what it said
+        name = method or self.identity.method  # no rule, no method: what it said
+        self.record.authenticate(f"gssapi/{self.protection()}" if name == "gssapi" else name, user)
 
     def reply(self, reply: Reply, bound: Endpoint) -> None:
         """Answer the request; what cannot be sent within timeout.negotiate ends the session."""
@@ -10261,6 +10266,11 @@ class UdpRequest:
         self.log_end(udp, ENDED_BY_US if session.stopping else reason)
 
     def log_end(self, udp: UdpRelay, reason: str) -> None:
+        overhead = self.session.seal.overhead if self.session.seal is not None else 0
+        for path in udp.paths.values() if overhead else ():
+            # As Dante: the client's side is counted as it is sent, protection included.
+            path.client_sent_bytes += overhead * path.client_sent_packets
+            path.client_received_bytes += overhead * path.client_received_packets
         record, end = self.session.record, self.session.record.closing(self.rule, reason)
         client = (
             self.describe_user(udp.client) if udp.client_known else describe_endpoint(self.request.target)

@@ -145,6 +145,8 @@ DIFFERENCES = {
     "admit": "libwrap",
     "become_commander": "libwrap",
     "find_protection_fault": "GSS-API",
+    "read_gssapi": "GSS-API",
+    "unwrap": "GSS-API",
     "on_hup": "SIGHUP",
     "find_redirect": "Redirected replies",
     "_check_disconnects": "Disconnect ratio",

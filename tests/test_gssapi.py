@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import pwd
+import re
 import shutil
 import socket
 import struct
@@ -45,7 +46,7 @@ from kerberos import (
     running_realm,
 )
 from more_peers import rule
-from servers import DidNotStart, Server, eventually, need
+from servers import WITHIN, DidNotStart, Server, eventually, need
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("as_root")]
 StartPeer = Callable[..., Any]
@@ -108,13 +109,16 @@ def test_connect_is_protected(server: Server, realm: Realm, peer: StartPeer, lev
         assert client.receive(len(data)) == data
         client.finish_sending()
         assert client.sock.recv(1) == b""
-    side = f"gssapi%alice\\100{REALM}@127.0.0.1."
-    sent = len(data) + 5
+    side = f"gssapi/{level}%alice@{REALM}@127.0.0.1."
     eventually(lambda: [m for m in server.messages if "tcp/accept ]:" in m])
     assert any(f"tcp/connect [: {side}" in m for m in server.messages)
-    assert any(
-        f"tcp/connect ]: {sent} -> {side}" in m and f"-> {sent}, {sent} ->" in m for m in server.messages
-    )
+    (end,) = [m for m in server.messages if "tcp/connect ]:" in m]
+    found = re.search(r"\]: (\d+) -> gssapi\S+ \S+ -> (\d+), (\d+) -> \S+ \S+ -> (\d+): ", end)
+    assert found
+    raw_out, raw_in, plain_out, plain_in = map(int, found.groups())
+    assert plain_out == plain_in == len(data) + 5  # the client's side counts what is sealed, as danted
+    assert raw_out > plain_in
+    assert raw_in > plain_out
 
 
 @pytest.mark.parametrize("feed", [bytewise, random_splits(1)], ids=["bytewise", "splits"])
@@ -222,6 +226,11 @@ def test_datagrams_are_protected(server: Server, realm: Realm, peer: StartPeer, 
             assert encrypted == (level == "confidentiality")
             answers.append(unwrap(data).data)
         assert answers == [b"0", b"3", b"2"]
+        size = len(sealed[0])
+    eventually(lambda: [m for m in server.messages if "udp/udpassociate ]:" in m], 2 * WITHIN)
+    (end,) = [m for m in server.messages if "udp/udpassociate ]:" in m]
+    assert f"]: {3 * size}/3 -> gssapi/{level}%alice@{REALM}@" in end  # as danted counts
+    assert f" -> {3 * size}/3, 3/3 -> " in end
 
 
 def test_clear_and_nec_are_what_the_rule_says(sockd: Factory, realm: Realm, peer: StartPeer) -> None:
@@ -266,7 +275,7 @@ def test_curl_negotiates(sockd: Factory, realm: Realm, peer: StartPeer, nec: lis
     if "Undocumented SOCKS5 mode" not in found.stderr:
         assert found.returncode == 0
         assert found.stdout
-        assert any("[: gssapi%bob" in m for m in server.messages)
+        assert any("[: gssapi/clear%bob" in m for m in server.messages)
 
 
 # ------------------------------ who, and by what key ------------------------------
