@@ -7310,6 +7310,7 @@ class Waiter(selectors.PollSelector):
 
 READABLE = select.POLLIN | select.POLLPRI
 SPLICE_FLAGS = 3  # SPLICE_F_MOVE | SPLICE_F_NONBLOCK (splice(2))
+SPLICE_REFUSALS = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM})  # of the kernel, or of a sandbox
 FAILED = select.POLLERR | select.POLLHUP
 
 
@@ -7412,7 +7413,7 @@ class Side:
     def fill_pipe(self) -> int:
         """Move what the side has sent into its pipe, which is empty, and return how much it was.
 
-        0 for whatever is not bulk: nothing, a FIN, an error, urgent data; a read will tell.
+        0 for whatever is not bulk: nothing, a FIN, urgent data; a read will tell.  SideFailed.
         """
         assert self.pipe is not None
         try:
@@ -7420,7 +7421,9 @@ class Side:
         except BlockingIOError:
             return 0
         except OSError as error:
-            self.may_splice = error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EPERM)  # some sandboxes
+            if error.errno not in SPLICE_REFUSALS:
+                raise SideFailed(self, error) from None  # a read would not be told of it again
+            self.may_splice = False
             return 0
         self.received += self.piped
         return self.piped
@@ -11089,6 +11092,7 @@ class Worker:
         self.draining = False
         self.complained = False
         self.accepted = 0
+        self.trimmed_after = 0  # clients: when memory was last given back to the system
         self.started = time.monotonic()
 
     # --- the main thread ---
@@ -11105,6 +11109,9 @@ class Worker:
             events = poller.poll(DRAIN_MILLISECONDS if self.draining else WATCH_MILLISECONDS)
             if events and not self.obey():
                 return self.stop()
+            if not events and not self.sessions and self.trimmed_after < self.accepted:
+                self.trimmed_after = self.accepted
+                release_memory()
             if not events and not self.draining and not self.lead.locked():
                 self.call_successor()  # the thread that was to lead has died young
         return 0
@@ -11279,9 +11286,14 @@ class Worker:
     def turn_away(self, listener: socket.socket) -> None:
         """Close a connection without serving it."""
         try:
-            listener.accept()[0].close()
+            descriptor = listener.accept()[0].detach()
         except (OSError, MemoryError):
-            pass  # it has gone, or a session has been quicker to take the free descriptor
+            return  # it has gone, or a session has been quicker to take the free descriptor
+        if self.reserve < 0:
+            # Closes the connection, and nobody can come between that and the reserve.
+            self.reserve = os.dup2(self.control.fileno(), descriptor, inheritable=False)
+        else:
+            os.close(descriptor)
 
     def run_short(self, text: str) -> None:
         """Give up the cushion: what memory there is now belongs to the sessions that live."""

@@ -126,7 +126,8 @@ def test_redirect_from_an_interface_and_ports_above_a_number(sockd: Factory) -> 
 
 def test_redirect_from_keeps_to_a_small_range_of_ports(sockd: Factory, peer: StartPeer) -> None:
     low = find_free_port()
-    server = start(sockd, f"redirect from: 0/0 port {low}-{low + 1}")
+    # On an address where nobody else takes ports.
+    server = start(sockd, f"redirect from: 127.0.0.77/32 port {low}-{low + 1}")
     target = peer("echo")
     ports = []
     clients = [Client(server.addresses[0]) for _ in range(2)]
