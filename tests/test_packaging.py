@@ -632,6 +632,8 @@ def test_every_hardening_line_says_why() -> None:
 EVERYTHING = """\
 logoutput: /var/log/sockd.log stderr
 libwrap.hosts_access: yes
+cpu.schedule.io: fifo/10
+cpu.mask.io: 0
 internal.socket.so_priority: 7
 external.socket.so_sndbufforce: 300000
 internal: 127.0.0.1 port = 1080
