@@ -8823,6 +8823,7 @@ class SessionLog:
         self.accept_side = f"{client} {local}"
         self.side = self.accept_side  # with method%user@ once a socks-rule took the client by one
         self.started = time.monotonic()
+        self.before = (0, 0)  # bytes sent to the client and received in requests that are over
         self.ended = False  # the record of how it ended has been dealt with
 
     def seconds(self) -> int:
@@ -8895,6 +8896,7 @@ class SessionLog:
         self.ended = True
         end = self.closing(self.client_rule, reason)
         if end:
+            sent, received = sent + self.before[0], received + self.before[1]
             rest = f"{sent} -> {self.accept_side} -> {received}{end}"
             self.write("pass", self.client_rule, "tcp/accept", "]", rest + self.tcp_info())
 
@@ -8989,8 +8991,9 @@ class Session:
     def abort(self) -> None:
         """Make the session end soon.  Called by the worker's main thread."""
         self.stopping = True
-        if self.budget is not None:
-            self.budget.cancel()
+        budget = self.budget  # the session's thread may take it away
+        if budget is not None:
+            budget.cancel()
         for opened in (self.connection, *self.opened):
             try:
                 opened.shutdown(socket.SHUT_RDWR)
@@ -10762,8 +10765,6 @@ class HttpConversation:
         self.deadline = session.deadline
         self.began = session.record.started
         self.served = 0  # requests that came to a target
-        self.sent = 0  # to the client, and
-        self.received = 0  # from it, in these requests
         self.end = "eof from local client"  # what it means if the client closes now
         self.lingers = False  # an answer may not have been read yet
         session.answer = self.reply
@@ -10857,7 +10858,6 @@ class HttpConversation:
         session.phase, self.lingers = "request", False
         session.lookup.answers.clear()  # each request has names resolved anew, and pinned for itself
         if self.served:
-            self.record.started = time.monotonic()
             session.leave_requests()
         connect = ConnectRequest(session, session.request)
         if request.method == "CONNECT":
@@ -10869,6 +10869,8 @@ class HttpConversation:
     def exchange(self, request: HttpRequest, records: TcpRecords, head_bytes: int) -> bool:
         """Pass a request and its response; return whether another request may follow."""
         session, (client, target) = self.session, records.sides
+        if self.served:
+            self.record.started = time.monotonic()  # the first one counts from the accept, as in SOCKS
         self.served += 1
         self.end = CLIENT_CLOSED
         session.phase = "io"
@@ -10884,9 +10886,10 @@ class HttpConversation:
         client.received -= len(self.stream.pending)
         self.settle(exchange, "internal" if reason.startswith("local client") else "external")
         session.describe_io = None
-        self.sent += client.sent
-        self.received += client.received
+        sent, received = self.record.before
+        self.record.before = sent + client.sent, received + client.received
         records.closed(reason)
+        self.record.started = self.began
         del self.record.connections[1:]
         session.opened.remove(target.connection)
         target.connection.close()
@@ -10971,12 +10974,11 @@ class HttpConversation:
 
     def finish(self, reason: str) -> None:
         """Record the end of the connection, where no request has done so."""
-        self.record.started = self.began
         if self.record.ended:
             return
         reason = ENDED_BY_US if self.session.stopping else reason
         if self.served:
-            self.record.closed(self.sent, self.received, reason)
+            self.record.closed(0, 0, reason)
         else:
             self.record.negotiation_failed(self.stream.received, reason)
 

@@ -238,6 +238,17 @@ def test_company_3_gateway_that_is_killed_costs_no_request(company: Company, pro
     assert asked_by(company, "internet") == {"203.0.113.2" if victim == "int1" else "203.0.113.1"}
 
 
+def test_company_3_gateway_that_is_unplugged_costs_no_request(company: Company) -> None:
+    """Nobody answers any more, not even with a refusal."""
+    company.machines["intranet"].ip("link set int1 down")
+    try:
+        assert [company.fetch(PROXIES["http"], INTERNET) for _ in range(4)] == ["internet"] * 4
+        assert asked_by(company, "internet") == {"203.0.113.2"}
+    finally:
+        company.machines["intranet"].ip("link set int1 up")
+        company.kill("desk")  # so that it forgets
+
+
 def test_company_4_internet_wants_a_user(company: Company) -> None:
     with company.machines["desk"].inside():
         with Client(("10.0.3.1", 1080)) as client:

@@ -303,6 +303,24 @@ def test_http_client_asks_several_targets_on_one_connection(server: Server) -> N
     assert f" -> {sum(received)}: local client closed" in closed
 
 
+def test_http_tunnel_may_come_behind_other_requests(server: Server, peer: StartPeer) -> None:
+    """It is the last, and what came before it is counted for the connection."""
+    with target_that(mirror) as target, HttpClient(server) as client:
+        assert client.ask(make_request(target)).status == 200
+        assert client.ask(make_connect(peer("echo")), has_body=False).status == 200
+        assert client.client.exchange(b"hello") == b"hello"
+        address = client.client.address
+        client.client.finish_sending()
+        client.expect_end()
+    wait_for_line(server, address, "tcp/accept ]")
+    first, tunnel, both = (line for line in lines_about(server, address) if " ]: " in line)
+    counts = [
+        [int(n) for n in re.findall(r"(?:\]: | -> )(\d+)(?= -> |[,:])", line)[:2]]
+        for line in (first, tunnel, both)
+    ]
+    assert [a + b for a, b in zip(*counts[:2], strict=True)] == counts[2]
+
+
 @by_feed
 def test_http_requests_may_come_before_they_are_due(server: Server, feed: Feed) -> None:
     with target_that(mirror) as first, target_that(mirror) as second, HttpClient(server, feed) as client:
