@@ -201,6 +201,7 @@ LIMITS = (
     " session.state.max: 100000",
 )
 BANDWIDTH = (" bandwidth: 2000000000",)  # far above what can be had
+LIBWRAP = (" libwrap: nice 0",)  # a line that does nothing: what remains is the way to libwrap
 MONITOR = (
     "monitor { from: 0.0.0.0/0 to: 0.0.0.0/0",
     " protocol: tcp",
@@ -234,6 +235,7 @@ def price_tasks() -> list[Task]:
         price_task(session_task(32, goal=0), "limits", both, items=LIMITS),
         price_task(bulk_task(8), "bandwidth", ("sockd",), items=BANDWIDTH),
         price_task(ping_task(64), "bandwidth", ("sockd",), items=BANDWIDTH),
+        price_task(session_task(32, goal=0), "libwrap", both, items=LIBWRAP),
         price_task(session_task(32, goal=0), "monitor", both, objects=MONITOR),
         price_task(bulk_task(8), "monitor", both, objects=MONITOR),
         price_task(ping_task(64), "monitor", both, objects=MONITOR),
