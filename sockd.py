@@ -7146,7 +7146,9 @@ class Watch:
         # Less than before is the work of a worker that has gone wrong.
         found = [max(0, new - old) for new, old in zip(sums, self.before, strict=True)]
         self.before = sums
-        self.due = max(self.due + self.seconds, now)
+        self.due += self.seconds
+        if self.due <= now:
+            self.due = now + self.seconds  # we were held up: a time of no length would be one without data
         amount = sum(found[word] for word in self.words)
         if self.alarm.kind == "data":
             return self._check_data(amount, sums[LIVE], now)

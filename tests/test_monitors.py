@@ -379,6 +379,15 @@ def test_monitor_adds_up_what_an_alarm_is_about(alarm: str, where: str, amount: 
     assert watch.check(3.0) == (expected + "Alarm duration: 2s" if amount > 5 else "")
 
 
+def test_monitor_that_was_held_up_takes_no_time_of_no_length_for_silence() -> None:
+    counts, (watch,) = make_watches("alarm.data: 5 in 1")
+    meter = counts.meter(program.Monitor(1, program.EVERYWHERE, program.EVERYWHERE))
+    watch.start(0.0)
+    meter.count((100, 0, 0, 0))
+    assert watch.check(10.0) == ""
+    assert watch.due == 11.0
+
+
 @pytest.mark.parametrize("junk", [b"\xff", b"\x7f", b"\x00"])
 def test_monitor_bears_memory_that_a_hijacked_worker_wrote(junk: bytes) -> None:
     counts, watches = make_watches("alarm.data: 5 in 1", "alarm.disconnect: 1/1", "internal.alarm.mtu-error")
