@@ -8488,9 +8488,11 @@ class Upstreams:
         self.sessions: dict[Endpoint, int] = {}
         self.turns: dict[int, int] = {}  # by route
 
-    def arrange(self, paths: Iterable[Path]) -> list[Path]:
+    def arrange(self, paths: Sequence[Path]) -> list[Path]:
         """Return the paths that are not bad, each route's in the order of its `balance`."""
         arranged: list[Path] = []
+        if not self.failures and all(path.route.balance == "order" for path in paths):
+            return list(paths)
         with self.lock:
             for route, group in itertools.groupby(paths, lambda path: path.route):
                 arranged += self._balance(route, [path for path in group if not self._is_bad(path)])
@@ -8675,7 +8677,7 @@ def go_path(path: Path, errand: Errand, dial: Dial, client: int, share: float, e
 
 
 def open_path(
-    upstreams: Upstreams, paths: Iterable[Path], errand: Errand, dial: Dial, client: int, seconds: float
+    upstreams: Upstreams, paths: Sequence[Path], errand: Errand, dial: Dial, client: int, seconds: float
 ) -> Way:
     """Return the first path that opens within so many seconds; PathFailed, PeerGone.
 
@@ -9454,9 +9456,10 @@ class Session:
             return ()
         facts = self.facts(command, target, addresses)
         found = self.serving.policy.routes(facts, self.lookup)
+        if target is None or not target.family or all(path.steps for path in found):
+            return found
         # A route that leads nowhere for want of an address of the family is no route.
-        families = external_families(self.config, self.lookup)
-        if target is None or target.family in (0, *families):
+        if target.family in external_families(self.config, self.lookup):
             return found
         return tuple(path for path in found if path.steps)
 
@@ -9506,7 +9509,7 @@ class Session:
             login = Credentials(self.identity.user, self.password)
         way = open_path(
             self.serving.upstreams,
-            (path for path in paths if path.steps),
+            [path for path in paths if path.steps],
             Errand(command, target, addresses, login),
             lambda path, deadline: self.dial(rule, path, deadline),
             self.connection.fileno(),
@@ -9702,7 +9705,8 @@ class ConnectRequest:
             )
         if not target.family:
             return session.resolve("connect", target)
-        if not session.find_paths("connect", target, (target,)):
+        families = external_families(session.config, session.lookup)
+        if target.family not in families and not session.find_paths("connect", target, (target,)):
             check_family(session.config, target, session.lookup)
         if target.host in IP_ANY:
             raise Refused(f"unbound ipaddress ({target}) in request", Reply.ADDRESS_TYPE_NOT_SUPPORTED)

@@ -92,6 +92,40 @@ def session_task(sessions: int, goal: float) -> Task:
     return Task((row,), run, sessions=True)
 
 
+def measure_sessions(context: Context, sessions: int, port: int, servers: list[Running]) -> tuple[float, ...]:
+    """Return new sessions a second, the CPU seconds that servers take for each, and errors."""
+    before = [processes.cpu_seconds(server.pid) for server in servers]
+    result = load.run_tcp(context.folder, "rate", port, sessions, context.seconds)
+    spent = sum(map(processes.cpu_seconds, (server.pid for server in servers))) - sum(before)
+    count = max(result["per_second"] * context.seconds, 1.0)
+    return result["per_second"], spent / count, result["errors"]
+
+
+def hops_task(sessions: int, goal: float) -> Task:
+    """Return the task that tells how much more sessions through two servers cost than through one."""
+    key, cpu_key = f"hops.{sessions}", f"hops.cpu.{sessions}"
+
+    def run(context: Context, server: Server) -> Values:
+        if not server.has_config:
+            return {}
+        with Running(server, context.setup, context.folder / "last") as last:
+            one, one_cpu, errors = measure_sessions(context, sessions, last.port, [last])
+            via = f" from: 0/0 to: 0/0 via: 127.0.0.1 port = {last.port}"
+            setup = dataclasses.replace(
+                context.setup, objects=("route {", via, " proxyprotocol: socks_v5", "}")
+            )
+            with Running(server, setup, context.folder / "first") as first:
+                two, two_cpu, more = measure_sessions(context, sessions, first.port, [first, last])
+        return {key: one / max(two, 1.0), cpu_key: two_cpu / one_cpu, f"{key}.errors": errors + more}
+
+    title = f"two hops, in those of one, {sessions} at a time"
+    rows = (
+        Row(key, f"time of sessions through {title}", "x", True, goal=Goal(value=goal)),
+        Row(cpu_key, f"CPU of sessions through {title}", "x", True),
+    )
+    return Task(rows, run)
+
+
 def orderly_task(sessions: int) -> Task:
     """Return the task that counts new sessions when targets close in order, as real ones do."""
     key = f"orderly.{sessions}"
@@ -260,6 +294,7 @@ def make_tasks(idle_steps: tuple[int, ...]) -> list[Task]:
         session_task(1, goal=1.6),
         session_task(32, goal=5.0),
         session_task(256, goal=8.0),
+        hops_task(32, goal=2.2),
         bulk_task(1),
         bulk_task(8),
         ping_task(1),
