@@ -46,6 +46,7 @@ Comments that begin with "As Dante:" mark a quirk that is copied, "Unlike Dante:
 
 from __future__ import annotations
 
+import _operator  # for its _compare_digest: hmac, which calls it so that all may, loads all of OpenSSL
 import _thread
 import binascii
 import ctypes
@@ -4907,6 +4908,7 @@ CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
 M_ARENA_MAX = -8  # malloc.h
+MADV_DONTNEED = 4  # asm-generic/mman-common.h
 SIOCATMARK = 0x8905  # asm-generic/sockios.h
 FIONREAD = 0x541B  # asm-generic/ioctls.h
 AF_INET_FAMILY = {socket.AF_INET: 4, socket.AF_INET6: 6}
@@ -6578,12 +6580,10 @@ def check_password(account: AccountLine | None, setting: bytes, password: bytes,
 
     Unlike Dante: an account that shadow(5) says has expired is closed.
     """
-    import hmac  # here: it loads all of OpenSSL, which only the warden's children need
-
     usable = account is not None and len(account.hash) > 1 and account.hash[:1] not in b"!*"
     wanted = account.hash if account is not None and usable else setting
     try:
-        right = hmac.compare_digest(crypt(password, wanted), wanted)
+        right = _operator._compare_digest(crypt(password, wanted), wanted)
     except OSError:
         return False
     if account is None or not usable or not right:
@@ -6625,7 +6625,6 @@ def verify_username(passwordfile: str, user: bytes, password: bytes) -> str:
 # What processes outside the jail import when they first need it, and for what.
 LATE_IMPORTS_OF_HELPERS = {
     "difflib": "a configuration with a mistake",
-    "hmac": "a password",
     "mmap": "limits of sessions",
 }
 PAM_LIBRARIES = {"pam": "libpam.so.0", "pam_misc": "libpam_misc.so.0"}
@@ -11952,6 +11951,24 @@ def obey_cpu_settings(config: Config, kind: str, usable: frozenset[int], log: Lo
         log.write("warning", f"could not set cpu.schedule or cpu.mask of the {kind}: {error.strerror}")
 
 
+def forget_start_pages() -> None:
+    """Let go of the pages of programs and libraries that the start has read; what is used again comes back.
+
+    They are a tenth of what the server holds, and all in the mother, who does not need them again.
+    """
+    madvise = load_library("").madvise
+    first = end = 0
+    with open("/proc/self/smaps", "rb") as file:
+        for line in file:
+            words = line.split()
+            if b"-" in words[0]:
+                # Only files that cannot be written, or code would go that the linker has completed.
+                is_file = len(words) > 5 and words[1] in (b"r-xp", b"r--p") and words[5].startswith(b"/")
+                first, end = (int(number, 16) for number in words[0].split(b"-")) if is_file else (0, 0)
+            elif words[:2] == [b"Anonymous:", b"0"] and first:
+                madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_DONTNEED)
+
+
 def daemonize() -> int:
     """Go on in a child without a terminal; return the descriptor on which the caller waits for one byte.
 
@@ -12245,6 +12262,7 @@ class Mother:
         obey_cpu_settings(self.config, "mother", self.usable_cpus, self.log)
         gc.collect()
         release_memory()
+        forget_start_pages()
         gc.freeze()  # the collector then leaves the pages that all processes share alone
         for kind in ("resolver", "warden"):
             self.spawn_child(kind, 0)
