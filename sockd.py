@@ -6929,17 +6929,22 @@ class Meter:
     def __init__(self, counts: Counts, row: int) -> None:
         self.counts = counts
         self.row = row
+        self.moving = range(row, row + 4)
         self.moved = (0, 0, 0, 0)  # what has been counted of internal recv and send, external recv and send
         self.connected = True
         counts.add(((row + LIVE, 1), (row + CONNECTED, 1)))
 
     def count(self, moved: tuple[int, int, int, int]) -> None:
         """Count what the session has moved so far, in all."""
-        if moved != self.moved:
-            new = [now - before for now, before in zip(moved, self.moved, strict=True)]
-            changes = [(self.row + what, change) for what, change in enumerate(new) if change]
-            self.moved = moved
-            self.counts.add(changes)
+        before = self.moved
+        if moved == before:
+            return
+        self.moved = moved
+        words = self.counts.words
+        with self.counts.lock.threads:  # this worker's own words, as in Counts.add
+            for word, now, then in zip(self.moving, moved, before, strict=True):
+                if now != then:
+                    words[word] = min(words[word] + now - then, MOST_COUNT)
 
     def disconnect(self, side: str) -> None:
         """Count that a side was the first to close the session, or broke."""
