@@ -1165,3 +1165,31 @@ def test_http_client_is_led_through_an_upstream(sockd: Factory, peer: StartPeer)
                 answer += piece
     assert len(origin.seen) == 2
     assert wait_for_record(other, "pass(1): tcp/connect ]: ", f" 127.0.0.1.{origin.port} -> ")
+
+
+def test_readme_shows_a_route_that_is_right(tmp_path: Path) -> None:
+    lines = README.read_text().splitlines()
+    start = lines.index("    route {")
+    shown = "\n".join(lines[start : lines.index("    }", start) + 1])
+    shown = shown.replace("/etc/proxy.password", str(write_credentials(tmp_path)))
+    found = check_configuration(HEAD.replace("= 0", "= 1080") + PASS + shown, tmp_path)
+    assert (found.returncode, found.stdout + found.stderr) == (0, "")
+
+
+def test_targets_of_a_family_that_only_the_upstream_has(
+    sockd: Factory, private_world: World, peer: StartPeer
+) -> None:
+    head = HEAD.replace(
+        "external: 127.0.0.1", "external: 127.0.0.1\nexternal: fd00::6\nexternal.rotation: route"
+    )
+    other = sockd(head + PASS)
+    server = sockd(HEAD + PASS + route(other.addresses[0], **UDP_ROUTE))
+    target, datagrams = peer("echo", "fd00::6"), peer("udp-echo", "fd00::6")
+    assert fetch(server, *target.address) == 0
+    with associated(server) as (_, udp, relay):
+        for _ in range(2):
+            udp.send(relay, *datagrams.address, b"ping")
+            answer = udp.receive(relay)
+            assert (answer.host, answer.port, answer.data) == (*datagrams.address, b"ping")
+    without = sockd(HEAD + PASS)
+    assert fetch(without, *target.address) == 8
