@@ -11117,6 +11117,7 @@ class Worker:
         self.start_thread()
         poller = select.poll()
         poller.register(self.control.fileno(), select.POLLIN)
+        leaderless = 0  # how often in a row nobody was found to lead
         while not (self.draining and not self.sessions):
             events = poller.poll(DRAIN_MILLISECONDS if self.draining else WATCH_MILLISECONDS)
             if events and not self.obey():
@@ -11124,8 +11125,12 @@ class Worker:
             if not events and not self.sessions and self.trimmed_after < self.accepted:
                 self.trimmed_after = self.accepted
                 release_memory()
-            if not events and not self.draining and not self.lead.locked():
-                self.call_successor()  # the thread that was to lead has died young
+            if not events and not self.draining:
+                leaderless = 0 if self.lead.locked() else leaderless + 1
+                if leaderless > 1:
+                    self.run_short("out of memory")  # so that the next one finds some
+                if leaderless:
+                    self.call_successor()  # the thread that was to lead has died young
         return 0
 
     def obey(self) -> bool:
