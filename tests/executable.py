@@ -8,12 +8,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sockd-tests"
+WEEK_SECONDS = 7 * 86400
 PARTS = ("sockd.py", "packaging/build", "packaging/boot.c", "packaging/contents", "packaging/sockd.spec")
 
 
@@ -31,6 +34,13 @@ def build(folder: Path) -> str:
     return done.stdout
 
 
+def remove_old() -> None:
+    """Remove the executables of trees that nobody has tested for a week."""
+    for folder in CACHE.glob("executable-*"):
+        if time.time() - folder.stat().st_mtime > WEEK_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def find_executable() -> Path:
     """Give the executable of this tree, building it if it is not there; NotBuilt."""
     key = hashlib.sha256(sys.version.encode())
@@ -38,11 +48,13 @@ def find_executable() -> Path:
         key.update((ROOT / part).read_bytes())
     folder = CACHE / f"executable-{key.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "contents").exists():
             text = build(folder)
             (folder / "contents").write_text(text)
+            remove_old()
     return folder / "sockd"
 
 
