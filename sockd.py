@@ -8568,6 +8568,7 @@ class Association(NamedTuple):
     path: Path
     controls: tuple[socket.socket, ...]
     relays: tuple[Endpoint, ...]  # the first one is sent to, the others stand in headers
+    leave: Callable[[], None]  # called once it is closed
 
     def is_over(self) -> bool:
         """Tell whether an upstream has ended its part, which it does by closing (RFC 1928 section 7)."""
@@ -8579,6 +8580,7 @@ class Association(NamedTuple):
     def close(self) -> None:
         for control in self.controls:
             control.close()
+        self.leave()
 
 
 class UpstreamUdp(socket.socket):
@@ -9521,6 +9523,13 @@ class Session:
         )
         self.paths.append(way.path)
         return way
+
+    def leave_paths(self, ways: Iterable[Way]) -> None:
+        """Give back the places in the balance of upstreams that open paths have held."""
+        for way in ways:
+            if self.serving.upstreams is not None and way.path in self.paths:
+                self.paths.remove(way.path)
+                self.serving.upstreams.leave(way.path)
 
     def bind_privileged(self, source: Endpoint, kind: str) -> socket.socket | None:
         """Return a socket on a privileged port, or None where that is not configured or not to be had."""
@@ -10496,13 +10505,15 @@ class RoutedUdpRequest(UdpRequest):
         except (PathFailed, PeerGone) as failure:
             for way in ways:
                 way.connection.close()
+            self.session.leave_paths(ways)
             text = describe_chain_failure(failure) if isinstance(failure, PathFailed) else str(failure)
             raise Refused(text) from None
         if "connect" in self.rule.log:
             rest = f"{self.session.record.side} -> {last.describe(UNSPECIFIED)}"
             self.session.record.write("pass", self.rule, self.event, "-", rest)
         relays = tuple(self.find_relay(way) for way in ways)
-        return Association(last.path, tuple(way.connection for way in ways), relays)
+        controls = tuple(way.connection for way in ways)
+        return Association(last.path, controls, relays, lambda: self.session.leave_paths(ways))
 
     def find_relay(self, way: Way) -> Endpoint:
         """Return where an upstream takes datagrams: at its own address.

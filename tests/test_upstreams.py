@@ -15,7 +15,7 @@ import pytest
 from client import BIND, CONNECT, GRANTED, NO_METHOD, PASSWORD_METHOD, Client, UdpClient, wrap
 from conftest import Factory
 from more_peers import rule, run_all, wait_for_line, wait_for_record
-from peers import TcpPeer
+from peers import Seen, TcpPeer
 from servers import Server, Sockd, World, check_configuration, eventually, need_danted
 from test_clients import (
     SSH_USER,
@@ -1193,3 +1193,31 @@ def test_targets_of_a_family_that_only_the_upstream_has(
             assert (answer.host, answer.port, answer.data) == (*datagrams.address, b"ping")
     without = sockd(HEAD + PASS)
     assert fetch(without, *target.address) == 8
+
+
+def test_upstream_that_ends_each_association_is_asked_again(sockd: Factory) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as relay_there:
+        relay_there.bind(("127.0.0.1", 0))
+        relay_there.settimeout(10)
+        bound = b"\x05\0\0\1\0\0\0\0" + struct.pack("!H", relay_there.getsockname()[1])
+        with contextlib.closing(TcpPeer(scripted_once(METHOD_NONE, bound))) as proxy:
+            server = sockd(HEAD + PASS + route(proxy.address, **UDP_ROUTE, balance="fewest"))
+            with associated(server) as (_, udp, relay):
+                for number in range(1, 6):
+                    udp.send(relay, *TARGET, b"ping")
+                    assert relay_there.recv(999) == wrap(*TARGET, b"ping")
+                    assert len(proxy.seen) >= number
+                    eventually(lambda: proxy.seen[-1].end)
+
+
+def scripted_once(*answers: bytes) -> Callable[[socket.socket, Seen], None]:
+    """Make a behaviour that answers so many messages, closes its half and waits for the other's end."""
+
+    def behave(connection: socket.socket, seen: Seen) -> None:
+        for answer in answers:
+            connection.recv(999)
+            connection.sendall(answer)
+        connection.shutdown(socket.SHUT_WR)
+        seen.end = "fin"
+
+    return behave
