@@ -694,8 +694,6 @@ NEEDS_UPNP = "it needs a UPnP library"
 UNSUPPORTED = {
     "compatibility: draft-5.05": NOT_YET,
     "extension": NOT_YET,
-    "external.log.": NOT_YET,
-    "internal.log.": NOT_YET,
     "method: gssapi": NOT_YET,
     "bsdauth.stylename": NEEDS_OPENBSD,
     "hostid": NEEDS_HOSTID,
@@ -5458,6 +5456,7 @@ TCP_STATES = (
 )  # fmt: skip  (linux/tcp_states.h)
 TCP_CA_STATES = ("Open", "Disorder", "CWR", "Recovery", "Loss")  # linux/tcp.h
 TCP_OPTIONS = ((1, "TS"), (2, "SACK"), (4, "Wscale"), (8, "ECN"))
+TCP_FEATURE_OF_OPTION = {"TS": "timestamps", "SACK": "sack", "Wscale": "wscale", "ECN": "ecn"}
 TCP_INFO_FORMAT = struct.Struct("=8B24I")  # struct tcp_info of linux/tcp.h, up to tcpi_total_retrans
 # The order in which Dante prints the members that follow the first eight bytes; "" is an empty line.
 TCP_INFO_WORDS = (
@@ -5488,6 +5487,23 @@ def read_tcp_info(connection: socket.socket) -> list[tuple[str, str]]:
     ]
     values = iter(words)
     return info + [(name, str(next(values)) if name else "") for name in TCP_INFO_WORDS]
+
+
+def read_tcp_features(connection: socket.socket) -> frozenset[str]:
+    """Return which of TCP_FEATURES a connection uses; OSError."""
+    data = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_FORMAT.size)
+    options = TCP_INFO_FORMAT.unpack(data)[5]
+    return frozenset(TCP_FEATURE_OF_OPTION[name] for bit, name in TCP_OPTIONS if options & bit)
+
+
+@functools.cache
+def error_symbols() -> dict[str, str]:
+    """Return the symbol of each error of errno(3) and getaddrinfo(3), by the text that tells of it."""
+    explain = load_library("").gai_strerror
+    explain.restype = ctypes.c_char_p
+    names = [name for name in dir(socket) if name.startswith("EAI_")]
+    found = {explain(getattr(socket, name)).decode("ascii", "replace"): name for name in names}
+    return found | {os.strerror(number): name for number, name in errno.errorcode.items()}
 
 
 def describe_tcp_info(connections: Sequence[socket.socket]) -> str:
@@ -7865,6 +7881,10 @@ class UdpEvents(Protocol):
 
     def log_dropped(self, packet: Packet, reason: str) -> None: ...
 
+    def note_failure(self, target: Endpoint, fault: str) -> None:
+        """Hear of a datagram that could not be sent."""
+        ...
+
     def notice_control(self, data: bytes) -> None: ...
 
 
@@ -8115,6 +8135,8 @@ class UdpRelay:
             self.events.log_dropped(self._packet(target), str(error))
         except OSError as error:
             self._note_size(error, "external")
+            if target is not None:
+                self.events.note_failure(target, error.strerror or str(error))
             length = len(data) - header
             self.events.log_dropped(
                 self._packet(target), f"sendto of {length} bytes failed: {error.strerror}"
@@ -8735,6 +8757,58 @@ class Serving(NamedTuple):
     upstreams: Upstreams | None = None  # None: there is no route
 
 
+# ---- what internal.log and external.log name (sockd.conf(5), LOGS OF ERRORS)
+
+WORD_OF_LEVEL = {"emerg": "emergency", "crit": "critical", "err": "error"}  # the others are their own
+NO_ROUTE_ERRORS = frozenset({"ENETUNREACH", "ENETDOWN", "EHOSTUNREACH", "EHOSTDOWN"})
+FAILED_END = re.compile(r"(local client|remote peer) error \((.*)\)")
+FAMILY_SUFFIX = re.compile(r" for IPv[46] address$")
+
+
+def names_error(entry: ErrorLog, symbol: str) -> bool:
+    """Tell whether a line of the configuration is about an error."""
+    if symbol in {errno.errorcode.get(getattr(errno, name, -1), name) for name in entry.symbols}:
+        return True
+    kind = "dns-any" if symbol.startswith("EAI_") else "system-any"
+    return kind in entry.symbols or ("no-route" in entry.symbols and symbol in NO_ROUTE_ERRORS)
+
+
+def log_failure(log: Log, wanted: Iterable[ErrorLog], side: str, text: str) -> None:
+    """Log `WHAT: WHY` again for each line of the configuration that names the error WHY of that side."""
+    symbol = ""
+    for entry in wanted:
+        if entry.side != side or entry.event != "error":
+            continue
+        symbol = symbol or error_symbols().get(FAMILY_SUFFIX.sub("", text.rpartition(": ")[2]), "")
+        if symbol and names_error(entry, symbol):
+            log.write(WORD_OF_LEVEL.get(entry.level, entry.level), text)
+
+
+def log_features(
+    log: Log, wanted: Iterable[ErrorLog], side: str, peer: Endpoint, connection: socket.socket
+) -> None:
+    """Log which features of TCP a new connection uses, or not, where the configuration asks for it."""
+    for entry in wanted:
+        if entry.side == side and entry.event != "error":
+            try:
+                used = read_tcp_features(connection)
+            except OSError:
+                return  # it has gone already
+            enabled = entry.event == "tcp.enabled"
+            names = " ".join(name for name in entry.symbols if (name in used) is enabled)
+            if names:
+                state = "enabled" if enabled else "disabled"
+                text = f"tcp {state} on connection to host {peer}: {names}"
+                log.write(WORD_OF_LEVEL.get(entry.level, entry.level), text)
+
+
+def describe_failure(failure: ConnectFailed) -> str:
+    """Return a failure to connect as Dante's internal.log and external.log spell it."""
+    if errno.errorcode.get(failure.error.errno or 0) in NO_ROUTE_ERRORS:
+        return f"no route to {failure.target}: {failure.error.strerror}"
+    return f"connect to host {failure.target} failed: {failure.error.strerror}"
+
+
 class SessionLookup:
     """The Lookup of one session: asks the resolver, and remembers the answers for its lifetime.
 
@@ -8786,6 +8860,10 @@ class SessionLookup:
         fault = answer[0].decode() or NAME_UNKNOWN
         if fault == NAME_UNKNOWN and len(families) == 1:
             fault = f"{fault} for IPv{min(families)} address"
+        logs = self.serving.config.error_logs
+        if logs:
+            text = f'could not DNS-resolve "{escape_text(name)}": {fault}'
+            log_failure(self.serving.log, logs, "external", text)
         return (), fault
 
     def prefer_usable(self, addresses: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
@@ -9045,7 +9123,38 @@ class Session:
             return False
         self.record.accepted()
         self.set_own_options(decision.rule)
+        self.note_features(decision.rule, "internal", self.connection)
         return True
+
+    def error_logs(self, rule: Rule) -> tuple[ErrorLog, ...]:
+        """Return the global lines of internal.log and external.log, and a rule's.
+
+        Unlike Dante, which parses those of a rule and does nothing.
+        """
+        return self.config.error_logs + rule.error_logs
+
+    def note_failure(self, rule: Rule, side: str, text: str) -> None:
+        """Log a failure, WHAT: WHY, once more if the configuration names it."""
+        logs = self.error_logs(rule)
+        if logs:
+            log_failure(self.serving.log, logs, side, text)
+
+    def note_end(self, rule: Rule, reason: str) -> None:
+        """Log once more how a session ended, if that was an error that the configuration names."""
+        logs = self.error_logs(rule)
+        failed = FAILED_END.fullmatch(reason) if logs else None
+        if failed:
+            side = "internal" if failed[1] == "local client" else "external"
+            log_failure(
+                self.serving.log, logs, side, f"i/o with {failed[1]} of {self.client} failed: {failed[2]}"
+            )
+
+    def note_features(self, rule: Rule, side: str, connection: socket.socket) -> None:
+        """Log the features of TCP that a new connection uses, if the configuration asks for them."""
+        logs = self.error_logs(rule)
+        if logs:
+            peer = endpoint_of(connection.getpeername(), connection.family)
+            log_features(self.serving.log, logs, side, peer, connection)
 
     def find_admission_fault(self, decision: Decision) -> str:
         """Return why a client that a client-rule passes stays outside after all, or ""."""
@@ -9082,7 +9191,9 @@ class Session:
         except PeerGone as error:
             self.record.negotiation_failed(self.stream.received, str(error))
         except OSError as error:
-            self.record.negotiation_failed(self.stream.received, error.strerror or str(error))
+            fault = error.strerror or str(error)
+            self.note_failure(self.client_rule, "internal", f"read from host {self.client} failed: {fault}")
+            self.record.negotiation_failed(self.stream.received, fault)
         return False
 
     def read(self, decode: Callable[[bytearray], tuple[T, int] | None], deadline: float) -> T:
@@ -9657,6 +9768,7 @@ def run_relay(session: Session, records: TcpRecords, client: Side, target: Side)
     reason = relay.run()
     if session.stopping:
         reason = ENDED_BY_US
+    session.note_end(records.rule, reason)
     records.closed(reason)
     if records.event != "tcp/bindreply":
         session.record.closed(client.sent, target.sent, reason)
@@ -9769,6 +9881,7 @@ class ConnectRequest:
             open_for = self.open_for(rule, route)
             return Race(addresses, open_for, session.connection.fileno(), deadline).run()
         except ConnectFailed as failure:
+            session.note_failure(rule, "external", describe_failure(failure))
             if failure.at_once:
                 # As Dante: the name, unless a rule has picked some of its addresses.
                 picked = rule.target.kind not in ("any", "domain", "host")
@@ -9779,6 +9892,8 @@ class ConnectRequest:
                 self.end_unconnected(rule, failure.source, failure.target, reason)
                 session.reply(reply_for(failure.error), failure.source)
         except ConnectTimeout as late:
+            fault = os.strerror(errno.ETIMEDOUT)
+            session.note_failure(rule, "external", f"connect to host {late.target} failed: {fault}")
             self.end_unconnected(rule, late.source, late.target, str(late))
             session.reply(Reply.TTL_EXPIRED, UNSPECIFIED)
         except Refused as refusal:
@@ -9820,6 +9935,7 @@ class ConnectRequest:
             pair[0].keep(bytes(self.way.stream.pending))
         session.record.connections.append(connection)
         session.set_own_options(rule)
+        session.note_features(rule, "external", connection)
         return TcpRecords(session, rule, self.event, session.record.side, far, pair)
 
 
@@ -10291,6 +10407,7 @@ class UdpRequest:
         self.log_end(udp, ENDED_BY_US if session.stopping else reason)
 
     def log_end(self, udp: UdpRelay, reason: str) -> None:
+        self.session.note_end(self.rule, reason)
         overhead = self.session.seal.overhead if self.session.seal is not None else 0
         for path in udp.paths.values() if overhead else ():
             # As Dante: the client's side is counted as it is sent, protection included.
@@ -10387,6 +10504,10 @@ class UdpRequest:
         if not LOGS_AN_ERROR.isdisjoint(self.rule.log):
             rest = f"{self.describe_packet(packet)}: {reason}"
             self.session.record.write("block", self.rule, f"udp/{packet.command}", "-", rest)
+
+    def note_failure(self, target: Endpoint, fault: str) -> None:
+        text = f"send to host {describe_endpoint(target)} failed: {fault}"
+        self.session.note_failure(self.rule, "external", text)
 
     def describe_packet(self, packet: Packet) -> str:
         """Return a datagram's addresses in the order of its travel."""

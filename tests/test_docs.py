@@ -112,6 +112,7 @@ DIFFERENCES = {
     # sockd.py
     "warn_of_comma": "Commas",
     "take_values": "Lists",
+    "error_logs": "Errors of a rule",
     "parse_mask": "Masks",
     "parse_masked": "Masks",
     "parse_port": "port: N",

@@ -125,9 +125,7 @@ FRIENDLY = {
     "two-rules-one-line": "} ends a rule, wherever the next one stands",
 }
 # Accepted by danted, and by the grammar here; the start is refused, as their effect is not built yet.
-NOT_BUILT = {
-    "iflog-error": {"external.log.LEVEL.error"},
-}
+NOT_BUILT: dict[str, set[str]] = {}
 # danted was built without these; what we make of them is find_unsupported's affair.
 OPTIONAL = {
     "hostid-rule": "hostid pass",
