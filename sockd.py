@@ -9,6 +9,8 @@ The processes, and what each can do:
       |- resolver     user.unprivileged  asks DNS, the group file, the interfaces
       '- worker (-N)  user.unprivileged, chroot   one thread for each client
 
+There is a warden only where the configuration has something to ask of it.
+
 A client's thread goes through Dante's three phases: negotiate (client-rules, SOCKS handshake,
 password), request (socks-rules, connecting, binding) and io (relay).  What needs power or a file
 system it asks of warden or resolver by one message from a closed list; nobody trusts a worker.
@@ -11840,6 +11842,19 @@ def rule_methods(rule: Rule) -> tuple[str, ...]:
     return (*rule.clientmethods, *rule.socksmethods)
 
 
+def needs_warden(config: Config) -> bool:
+    """Tell whether workers may have to ask for power: there is no process with privileges without need."""
+    rules = (*config.client_rules, *config.socks_rules)
+    methods = {method for rule in rules for method in rule_methods(rule)}
+    return (
+        not methods <= {"none", "rfc931"}
+        or "sameport" in config.compatibility
+        or config.libwrap_hosts_access
+        or any(rule.libwrap is not None for rule in rules)
+        or bool(list_options(config))
+    )
+
+
 def find_missing_libraries(config: Config) -> tuple[Complaint, ...]:
     """Complain of each method that needs what this system does not have."""
     methods = {
@@ -12240,6 +12255,9 @@ def take_passed_sockets(
 # ---- the mother
 
 
+MOST_SHARED_WORKERS = 8  # up to here there are two workers for each CPU
+
+
 class Mother:
     """Owns listeners, children, pid file and signals; lives in the main thread of the first process."""
 
@@ -12391,8 +12409,13 @@ class Mother:
     # --- children ---
 
     def count_workers(self) -> int:
-        """Return the -N of the command line; unlike danted's its default is one for each usable CPU."""
-        return self.options.servers or len(find_mask(self.config, "worker") or self.usable_cpus)
+        """Return the -N of the command line, or what suits the CPUs that we may use, unlike danted's 1.
+
+        Two for each, as measured: one that waits for the interpreter's lock leaves its CPU to the other.
+        Where there are many CPUs that is no gain any more.
+        """
+        cpus = len(find_mask(self.config, "worker") or self.usable_cpus)
+        return self.options.servers or max(cpus, min(2 * cpus, MOST_SHARED_WORKERS))
 
     def count_places(self) -> int:
         """Return how many workers there may be at a time: with child.*, each has one that relieves it."""
@@ -12406,8 +12429,10 @@ class Mother:
         release_memory()
         forget_start_pages()
         gc.freeze()  # the collector then leaves the pages that all processes share alone
-        for kind in ("resolver", "warden"):
-            self.spawn_child(kind, 0)
+        self.spawn_child("resolver", 0)
+        # Once there is a warden, sessions of an older configuration may count on it.
+        if needs_warden(self.config) or any(child.kind == "warden" for child in self.children.values()):
+            self.spawn_child("warden", 0)
         for number in range(1, self.count_workers() + 1):
             self.spawn_child("worker", number)
 
@@ -12778,7 +12803,7 @@ USAGE = """\
 usage: {program} [-DLVhnv] [-N number] [-d number] [-f file] [-p file] [--chroot directory]
    -D             : run in daemon mode
    -L             : shows the license for this program
-   -N <number>    : run <number> worker processes [one for each CPU]
+   -N <number>    : run <number> worker processes [two for each CPU, up to 8]
    -V             : verify configuration and exit
    -d <number>    : set degree of debugging
    -f <filename>  : use <filename> as configuration file [{config}]

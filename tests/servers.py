@@ -548,9 +548,15 @@ class Sockd(Server):
 
     def reload(self, config: str | None = None) -> None:
         """Reload, and wait until those that serve by the old configuration take no new clients."""
+        with self.handing_over():
+            super().reload(config)
+
+    @contextlib.contextmanager
+    def handing_over(self) -> Iterator[None]:
+        """Wait, behind a reload, until those that serve by the old configuration take no new clients."""
         before = {process.pid for process in self.processes()} - {self.pid}
         listeners = list_listeners(self.pid)
-        super().reload(config)
+        yield
         if {process.pid for process in self.processes()} - {self.pid} - before:
             eventually(lambda: not any(list_listeners(pid) & listeners for pid in before))
 

@@ -86,8 +86,8 @@ def check_service(server: Server, peer: Callable[..., Any], index: int = 0) -> N
 
 def settle(server: Server, peer: Callable[..., Any]) -> None:
     """Wait until new children have taken the place of the old ones, and take them as the baseline."""
-    # Mother, resolver, warden and worker.
-    eventually(lambda: len(server.processes()) == 4)
+    # Mother, resolver and worker.
+    eventually(lambda: len(server.processes()) == 3)
     check_service(server, peer)
     server.take_baseline()
 
@@ -808,7 +808,7 @@ def test_killed_worker_is_replaced(
     check_service(server, peer)
     eventually(lambda: count(server, f"warning: worker {worker} exited unexpectedly on signal SIGKILL") == 1)
     assert find_worker(server) != worker
-    eventually(lambda: len(server.processes()) == 4 and count(server, " running") == 2)
+    eventually(lambda: len(server.processes()) == 3 and count(server, " running") == 2)
     server.take_baseline()
 
 
@@ -870,5 +870,5 @@ def test_no_zombie_is_left_by_anything(sockd: Factory, peer: Callable[..., Any],
     eventually(lambda: not [p for p in server.processes() if p.state == "Z"])
     server.reload(changed(server.config_path.read_text()))
     eventually(lambda: not [p for p in server.processes() if p.state == "Z"])
-    eventually(lambda: len(server.processes()) == 4 and count(server, " running") == 2)
+    eventually(lambda: len(server.processes()) == 3 and count(server, " running") == 2)
     server.take_baseline()
