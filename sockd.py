@@ -11157,10 +11157,11 @@ THREAD_STACK_BYTES = (
     256 * 1024
 )  # getaddrinfo and regular expressions need far less; 32-bit hosts have little room
 IDLE_THREAD_SECONDS = 5.0  # a thread without a client waits this long for the next
+GATES = 2  # threads of a worker that wait for clients at the same time
 STOP_SECONDS = 0.6  # from the order to stop until a worker's sessions have ended and written their records
 CUSHION_BYTES = 4 << 20  # address space only: nothing is ever written there
 SHORTAGE_SECONDS = 2.0  # how long new clients are turned away once memory has run out
-WATCH_MILLISECONDS = 2000  # how often the main thread looks whether somebody leads
+WATCH_MILLISECONDS = 2000  # how often the main thread looks whether anybody waits for clients
 DRAIN_MILLISECONDS = 200  # how often a worker without listeners looks whether its sessions have ended
 ACCEPT_PAUSE_SECONDS = 0.1  # after the system ran out of descriptors, memory or threads
 RESOLVER_THREADS = 128  # questions answered at once; more wait in the inbox
@@ -11214,11 +11215,19 @@ def describe_bug(error: BaseException) -> str:
     return f"{type(error).__name__} at {' > '.join(places)}"
 
 
+class Gate(NamedTuple):
+    """Where a worker's threads wait for clients, one at a time: an epoll, as only that wakes exclusively."""
+
+    lock: threading.Lock
+    epoll: select.epoll
+
+
 class Worker:
     """Accepts clients and serves each in a thread.
 
-    One thread at a time leads: it waits for a client, hands the lead to the next thread and serves the
-    client itself, so no client waits for a change of threads.  The main thread only obeys the mother.
+    A thread that has a gate waits there for a client, leaves the gate to the next thread and serves the
+    client itself, so no client waits for a change of threads.  The kernel wakes one gate of all workers for
+    each client (EPOLLEXCLUSIVE).  The main thread only obeys the mother.
     """
 
     def __init__(self, serving: Serving, listeners: Sequence[socket.socket], control: socket.socket) -> None:
@@ -11227,11 +11236,11 @@ class Worker:
         self.listeners = {listener.fileno(): listener for listener in listeners}
         self.control = control
         self.sessions: set[Session] = set()  # changed by the sessions' threads; each operation is atomic
-        self.lead = threading.Lock()  # held by the thread that leads
-        self.crowd = threading.Lock()  # guards `waiting`, and is never held over a call that waits
-        self.waiting = 0  # threads that wait for the lead
-        self.alarm = os.pipe2(os.O_CLOEXEC)  # wakes the leader when `draining` has been set
-        self.poller = select.poll()  # the leader's
+        self.crowd = threading.Lock()  # guards `idle`, and is never held over a call that waits
+        self.door = threading.Lock()  # held for an accept(2), and for what its failure takes
+        self.idle = 0  # threads that wait for a client or for a gate
+        self.gates = [Gate(threading.Lock(), select.epoll()) for _ in range(GATES)]
+        self.alarm = os.pipe2(os.O_CLOEXEC)  # wakes all idle threads when `draining` has been set
         self.reserve = os.dup(control.fileno())  # given up for a moment when descriptors run out
         self.cushion: bytes | None = bytes(CUSHION_BYTES)  # given up when memory runs out
         self.short_until = 0.0  # until then new clients are turned away, so that the others have room
@@ -11246,12 +11255,14 @@ class Worker:
     def run(self) -> int:
         """Serve until ordered otherwise; return the exit status."""
         threading.stack_size(THREAD_STACK_BYTES)
-        for descriptor in (*self.listeners, self.alarm[0]):
-            self.poller.register(descriptor, select.POLLIN)
+        for gate in self.gates:
+            gate.epoll.register(self.alarm[0], select.EPOLLIN)
+            for descriptor in self.listeners:
+                gate.epoll.register(descriptor, select.EPOLLIN | select.EPOLLEXCLUSIVE)
         self.start_thread()
         poller = select.poll()
         poller.register(self.control.fileno(), select.POLLIN)
-        leaderless = 0  # how often in a row nobody was found to lead
+        unattended = 0  # how often in a row nobody was found to wait for clients
         while not (self.draining and not self.sessions):
             events = poller.poll(DRAIN_MILLISECONDS if self.draining else WATCH_MILLISECONDS)
             if events and not self.obey():
@@ -11260,11 +11271,11 @@ class Worker:
                 self.trimmed_after = self.accepted
                 release_memory()
             if not events and not self.draining:
-                leaderless = 0 if self.lead.locked() else leaderless + 1
-                if leaderless > 1:
+                unattended = 0 if self.idle else unattended + 1
+                if unattended > 1:
                     self.run_short("out of memory")  # so that the next one finds some
-                if leaderless:
-                    self.call_successor()  # the thread that was to lead has died young
+                if unattended:
+                    self.call_successor()  # the thread that was to wait has died young
         return 0
 
     def obey(self) -> bool:
@@ -11285,10 +11296,12 @@ class Worker:
         """Accept no more clients."""
         self.draining = True
         os.write(self.alarm[1], b".")
-        with self.lead:
-            for listener in self.listeners.values():
-                listener.close()
-            self.listeners = {}
+        deadline = time.monotonic() + STOP_SECONDS
+        while self.idle and time.monotonic() < deadline:
+            time.sleep(0.001)  # a thread that has just been woken may still use a listener
+        for listener in self.listeners.values():
+            listener.close()
+        self.listeners = {}
 
     def stop(self) -> int:
         """End every session, give each the time to write its records, and return the exit status."""
@@ -11311,7 +11324,7 @@ class Worker:
     # --- the threads of the sessions ---
 
     def start_thread(self) -> None:
-        """Start a thread that will lead; RuntimeError or MemoryError where the system has none left.
+        """Start a thread that waits for a client; RuntimeError or MemoryError where the system has none left.
 
         Not by threading.Thread, whose start() would wait for ever for a thread that dies of a lack
         of memory in its first steps.
@@ -11319,43 +11332,20 @@ class Worker:
         _thread.start_new_thread(self.serve_sessions, ())
 
     def serve_sessions(self) -> None:
-        """Lead, serve, and so on: the life of a thread.  It ends when it is not needed any more."""
-        while self.take_lead():
-            try:
-                session = self.find_client()
-                with self.crowd:
-                    is_last = self.waiting == 0
-            finally:
-                self.lead.release()
+        """Wait for a client, serve it, and so on: the life of a thread.  It ends when it is not needed."""
+        while True:
+            session = self.find_client()
             if session is None:
                 return
-            if is_last and not self.draining and not self.call_successor():
+            if not self.idle and not self.draining and not self.call_successor():
                 session.connection.close()
                 self.sessions.discard(session)
                 time.sleep(ACCEPT_PAUSE_SECONDS)
                 continue
             self.run_session(session)
 
-    def take_lead(self) -> bool:
-        """Wait for the lead; False for a thread that has waited long and is not the only one to wait."""
-        with self.crowd:
-            self.waiting += 1
-        counted = True
-        try:
-            while not self.lead.acquire(timeout=IDLE_THREAD_SECONDS):
-                with self.crowd:
-                    if self.waiting > 1:
-                        self.waiting -= 1
-                        counted = False
-                        return False
-            return True
-        finally:
-            if counted:
-                with self.crowd:
-                    self.waiting -= 1
-
     def call_successor(self) -> bool:
-        """Start the thread that will lead while this one serves; False if there can be none."""
+        """Start the thread that will wait while this one serves; False if there can be none."""
         try:
             self.start_thread()
         except (RuntimeError, MemoryError) as error:
@@ -11364,16 +11354,41 @@ class Worker:
         return True
 
     def find_client(self) -> Session | None:
+        """Return the session of the next client; None when this thread is not needed to wait any more."""
+        with self.crowd:
+            self.idle += 1
+        try:
+            gate = self.take_gate()
+            if gate is None:
+                return None
+            try:
+                return self.wait_at(gate)
+            finally:
+                gate.lock.release()
+        finally:
+            with self.crowd:
+                self.idle -= 1
+
+    def take_gate(self) -> Gate | None:
+        """Return a gate for this thread alone; None if others have waited at all of them for long."""
+        for gate in self.gates:
+            if gate.lock.acquire(blocking=False):
+                return gate
+        first = self.gates[0]
+        return first if first.lock.acquire(timeout=IDLE_THREAD_SECONDS) else None
+
+    def wait_at(self, gate: Gate) -> Session | None:
         """Wait until there is a client, and return its session; None when no more are to be taken."""
         while not self.draining:
             try:
-                for descriptor, _ in self.poller.poll():
+                for descriptor, _ in gate.epoll.poll(None, 1):
                     listener = self.listeners.get(descriptor)
-                    session = self.accept(listener) if listener is not None else None
+                    with self.door:
+                        session = self.accept(listener) if listener is not None else None
                     if session is not None:
                         return session
             except MemoryError:
-                self.cushion = None  # the leader stays: it has nobody to follow it
+                self.run_short("out of memory")  # this thread stays: it may be the last to wait
         return None
 
     def accept(self, listener: socket.socket) -> Session | None:
