@@ -309,7 +309,7 @@ def test_dead_worker_is_replaced(sockd: Factory, peer: Callable[..., Any]) -> No
     os.kill(worker, signal.SIGKILL)
     eventually(lambda: len([r for r in server.log if r.message.endswith(" running")]) == 2)
     connect(server, peer)
-    eventually(lambda: len(server.processes()) == 4)
+    eventually(lambda: len(server.processes()) == 3)
     server.take_baseline()
 
 

@@ -870,5 +870,5 @@ def test_no_zombie_is_left_by_anything(sockd: Factory, peer: Callable[..., Any],
     eventually(lambda: not [p for p in server.processes() if p.state == "Z"])
     server.reload(changed(server.config_path.read_text()))
     eventually(lambda: not [p for p in server.processes() if p.state == "Z"])
-    eventually(lambda: len(server.processes()) == 3 and count(server, " running") == 2)
+    eventually(lambda: len(server.processes()) == 4 and count(server, " running") == 2)
     server.take_baseline()
