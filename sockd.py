@@ -116,6 +116,8 @@ PROXY_PROTOCOLS = ("socks_v4", "socks_v5", "http", "upnp")
 PROXY_PROTOCOL_OF_VERSION = {SOCKS4: "socks_v4", SOCKS5: "socks_v5", HTTP1: "http"}
 LOG_EVENTS = ("connect", "disconnect", "data", "error", "ioop", "tcpinfo")
 
+USE_CLIENTS_PORT = 4  # a bit of RSV in draft-ietf-aft-socks-pro-v5-05, which RFC 1928 came before
+
 ATYP_IPV4, ATYP_NAME, ATYP_IPV6 = 1, 3, 4  # RFC 1928 section 5
 
 
@@ -694,7 +696,6 @@ NEEDS_UPNP = "it needs a UPnP library"
 # Keywords and values that are parsed but not acted upon: to support one, take its line out.
 # A value stands behind its keyword; a name that ends in a dot stands for all that begin so.
 UNSUPPORTED = {
-    "compatibility: draft-5.05": NOT_YET,
     "extension": NOT_YET,
     "method: gssapi": NOT_YET,
     "bsdauth.stylename": NEEDS_OPENBSD,
@@ -4132,16 +4133,16 @@ def decode_reply(data: Octets) -> tuple[tuple[Reply, Endpoint], int] | None:
     return (REPLY_OF_BYTE.get(code, Reply.FAILURE), found[0]), found[1]
 
 
-def encode_reply(reply: Reply, bound: Endpoint) -> bytes:
+def encode_reply(reply: Reply, bound: Endpoint, reserved: int = 0) -> bytes:
     """Encode a reply of SOCKS 5; refusals echo the target, also a name."""
-    return bytes((SOCKS5, reply, 0)) + encode_address(bound)
+    return bytes((SOCKS5, reply, reserved)) + encode_address(bound)
 
 
-def encode_reply_for(version: int, reply: Reply, bound: Endpoint) -> bytes:
+def encode_reply_for(version: int, reply: Reply, bound: Endpoint, reserved: int = 0) -> bytes:
     """Encode a reply in the form of the request's version, SOCKS 5 or 4."""
     if version == SOCKS4:
         return encode_reply4(reply == Reply.SUCCEEDED, bound)
-    return encode_reply(reply, bound)
+    return encode_reply(reply, bound, reserved)
 
 
 # RSV | FRAG | ATYP | DST.ADDR | DST.PORT | DATA   (RFC 1928 section 7)
@@ -9492,14 +9493,14 @@ class Session:
         name = method or self.identity.method  # no rule, no method: what it said
         self.record.authenticate(f"gssapi/{self.protection()}" if name == "gssapi" else name, user)
 
-    def reply(self, reply: Reply, bound: Endpoint) -> None:
+    def reply(self, reply: Reply, bound: Endpoint, reserved: int = 0) -> None:
         """Answer the request; what cannot be sent within timeout.negotiate ends the session."""
         assert self.request is not None
         if self.answer is not None:
             self.answer(reply, bound)
             return
         deadline = deadline_after(self.config.timeouts.negotiate)
-        self.stream.send(encode_reply_for(self.request.version, reply, bound), deadline)
+        self.stream.send(encode_reply_for(self.request.version, reply, bound, reserved), deadline)
 
     def open_external(self, rule: Rule, target: Endpoint, route: Route = DIRECT) -> socket.socket:
         """Return a stream socket that is bound and ready to connect under a rule; Refused, OSError."""
@@ -10356,8 +10357,24 @@ class UdpRequest:
         local = endpoint_of(relay.getsockname(), relay.family)
         if "connect" in self.rule.log:
             session.record.write("pass", self.rule, self.event, "[", f"{describe_endpoint(target)} {local}")
-        session.reply(Reply.SUCCEEDED, local)
+        session.reply(Reply.SUCCEEDED, local, USE_CLIENTS_PORT if self.keeps_port() else 0)
         self.relay(relay)
+
+    def keeps_port(self) -> bool:
+        """Tell whether to grant that datagrams leave by the client's port (compatibility: draft-5.05)."""
+        session, port = self.session, self.request.target.port
+        if not self.request.flags & USE_CLIENTS_PORT or "draft-5.05" not in session.config.compatibility:
+            return False
+        if port == 0:
+            return True  # As Dante: whichever it will turn out to be is tried.
+        try:
+            family, lookup = session.client.family, session.lookup
+            external = choose_external(session.config, family, session.local, UNSPECIFIED, lookup)
+            with socket.socket(FAMILY_OF[family], socket.SOCK_DGRAM) as probe:
+                probe.bind(socket_address(external._replace(port=port)))
+            return True
+        except (OSError, Refused):
+            return False
 
     def bind_relay(self) -> socket.socket:
         """Return the client-side socket, on the address that the client's connection came in on; OSError."""

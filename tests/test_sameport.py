@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from client import BIND, CONNECT, Client
+from client import BIND, CONNECT, UDP_ASSOCIATE, Client, UdpClient, request5
 from conftest import Factory
 from servers import Server
 
@@ -86,3 +86,49 @@ def test_bind_gets_a_privileged_port_only_with_the_word(
             assert client.read_reply5().code == 0
             visitor.sendall(b"hello")
             assert client.receive(5) == b"hello"
+
+
+# ------------------------------ draft-5.05 ------------------------------
+
+DRAFT = "compatibility: draft-5.05"
+USE_CLIENTS_PORT = 4
+
+
+def ask_for_port(client: Client, host: str, port: int, flags: int) -> tuple[int, tuple[str, int]]:
+    """Send a UDP ASSOCIATE with flags in its RSV, and give those of the reply, and the relay."""
+    assert client.greet() == 0
+    client.send(request5(UDP_ASSOCIATE, host, port, reserved=flags))
+    version, code, reserved, _, *address = client.receive(10)
+    assert (version, code) == (5, 0)
+    return reserved, (".".join(map(str, address[:4])), address[4] << 8 | address[5])
+
+
+@pytest.mark.parametrize("kind", ["sockd", pytest.param("danted", marks=pytest.mark.dante)])
+@pytest.mark.parametrize(
+    ("setting", "flags", "granted"),
+    [(DRAFT, 4, 4), (DRAFT, 0, 0), ("", 4, 0)],
+    ids=["asked", "unasked", "plain"],
+)
+def test_use_of_the_clients_port_is_granted_only_with_the_word(
+    request: pytest.FixtureRequest, kind: str, setting: str, flags: int, granted: int
+) -> None:
+    server = request.getfixturevalue(kind)(CONFIG.format(setting=setting))
+    with Client(server.addresses[0]) as client:
+        assert ask_for_port(client, "0.0.0.0", 0, flags)[0] == granted
+
+
+def test_the_port_that_the_request_names_is_used(sockd: Factory, peer: Callable[..., Any]) -> None:
+    server = sockd(CONFIG.format(setting=DRAFT))
+    target = peer("udp-echo")
+    with Client(server.addresses[0]) as client, UdpClient() as udp:
+        granted, relay = ask_for_port(client, *udp.address, USE_CLIENTS_PORT)
+        assert granted == USE_CLIENTS_PORT
+        udp.send(relay, *target.address, b"ping")
+        assert udp.receive(relay).data == b"ping"
+        assert [remote[1] for _, remote in target.seen] == [udp.address[1]]
+
+
+def test_a_port_that_is_taken_is_not_granted(sockd: Factory) -> None:
+    server = sockd(CONFIG.format(setting=DRAFT))
+    with UdpClient() as udp, UdpClient(("127.0.0.5", udp.address[1])), Client(server.addresses[0]) as client:
+        assert ask_for_port(client, *udp.address, USE_CLIENTS_PORT)[0] == 0
