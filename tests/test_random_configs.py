@@ -561,6 +561,7 @@ class Pipeline:
 
     def close(self) -> None:
         if self.sockd is not None:
+            self.sockd.take_baseline()  # after hundreds of reloads, each rightly with sockets of its own
             self.sockd.close()
 
 
