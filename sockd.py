@@ -3695,6 +3695,11 @@ def needs_gssapi(config: Config) -> bool:
     return any("gssapi" in rule.socksmethods for rule in config.client_rules)
 
 
+def rule_methods(rule: Rule) -> tuple[str, ...]:
+    """Return every method that a rule may use."""
+    return (*rule.clientmethods, *rule.socksmethods)
+
+
 def only_password_method(config: Config) -> str:
     """Return the one method by which any password would be checked, or "" if that depends on the rule.
 
@@ -4745,6 +4750,15 @@ class LogTarget:
             target.syslog.settimeout(SYSLOG_TIMEOUT_SECONDS)
         return target
 
+    def renew(self, descriptor: int) -> None:
+        """Go on with what another process has opened in the place of this."""
+        number = self.descriptor if self.syslog is None else self.syslog.fileno()
+        if number > 2:
+            os.dup2(descriptor, number, inheritable=False)
+        os.close(descriptor)
+        if self.syslog is not None:
+            self.syslog.settimeout(SYSLOG_TIMEOUT_SECONDS)  # a property of what has just come
+
     def close(self) -> None:
         if self.syslog is not None:
             self.syslog.close()
@@ -4820,8 +4834,16 @@ class Log:
         return [name.encode("latin-1") for name in names], descriptors
 
     def adopt(self, names: list[bytes], descriptors: list[int]) -> None:
-        """Go on with targets that another process has opened: in a jail there is no file to open."""
+        """Go on with targets that another process has opened: in a jail there is no file to open.
+
+        The same ones again take the descriptors of the old ones: a thread may be about to write there, and
+        the number is not to be a client's connection by then.
+        """
         old = self.targets + self.error_targets
+        if names == self.export()[0]:
+            for target, descriptor in zip(old, descriptors, strict=True):
+                target.renew(descriptor)
+            return
         adopted: list[LogTarget | None] = []
         left = iter(descriptors)
         for name in names:
@@ -6325,8 +6347,7 @@ class Channel:
                 self._send(encode_message(favour, fields), (theirs.fileno(), *passed), seconds)
             ours.settimeout(seconds)
             try:
-                most = MAX_TOKEN_MESSAGE_BYTES if favour == Favour.ACCEPT else MAX_MESSAGE_BYTES
-                data, descriptors, _, _ = socket.recv_fds(ours, most, 1)
+                data, descriptors, _, _ = socket.recv_fds(ours, MAX_TOKEN_MESSAGE_BYTES, 1)
             except TimeoutError:
                 raise DeadlinePassed(
                     f"no answer to {favour.name.lower()} within {seconds:.0f} seconds"
@@ -7254,7 +7275,9 @@ class Budget:
             self.promised, self.ready_at = amount, time.monotonic() + (start - now) / NANOSECONDS
         if time.monotonic() < self.ready_at:
             return 0
-        granted, self.promised = min(self.promised, wanted), 0
+        granted, rest = min(self.promised, wanted), max(0, self.promised - wanted)
+        self.promised = 0
+        self.give_back(rest)
         return granted
 
     def give_back(self, amount: int) -> None:
@@ -7801,8 +7824,10 @@ class TcpRelay:
             if side.pipe is None or not self._pump_bulk(side, mask):
                 self._pump(side, mask)
         elif mask & FAILED:
-            number = side.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.ECONNRESET
-            raise SideFailed(side, OSError(number, os.strerror(number)))
+            if side.backlog or peer.piped:  # there is something to send to it, and nobody to take it
+                number = side.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.ECONNRESET
+                raise SideFailed(side, OSError(number, os.strerror(number)))
+            self._check_failure(side)
 
     def _pump_bulk(self, side: Side, mask: int) -> bool:
         """Move what a side has sent through its pipe; False where that is at an end and it is to be read.
@@ -7987,6 +8012,8 @@ class UdpRelay:
                         return ended
                 if self.meter is not None:
                     self._count(self.meter)
+                if time.monotonic() >= self.orphaned_at and not self.resume_at:
+                    return CLIENT_CLOSED  # also while targets still send
 
     def close(self) -> None:
         """Close the external sockets; control and relay belong to the session."""
@@ -8640,6 +8667,9 @@ class UpstreamUdp(socket.socket):
             renewed = self.renew()
         except Refused as refusal:
             raise OSError(errno.ENETUNREACH, str(refusal)) from None
+        if renewed.relays[0].family != self.association.relays[0].family:
+            renewed.close()
+            raise OSError(errno.EAFNOSUPPORT, "the next upstream is of another family")
         self.association.close()
         self.association = renewed
         self.connect(socket_address(renewed.relays[0]))
@@ -9404,7 +9434,7 @@ class Session:
         fields = [what.encode("ascii"), str(number).encode("ascii")]
         try:
             answer, _ = self.serving.warden.ask(Favour.WRAP, fields, PASSWORD_SECONDS, connection.fileno())
-            return answer[0].decode()
+            return answer[0].decode("utf-8", "replace")
         except (SockdError, IndexError) as error:
             return f"libwrap: {error}"
 
@@ -9819,7 +9849,14 @@ class ConnectRequest:
             self.fail(decision.rule, "", str(refusal), refusal.reply, self.target)
             return None
         connection = self.connect(decision)
-        return self.join(decision.rule, connection) if connection is not None else None
+        if connection is None:
+            return None
+        try:
+            return self.join(decision.rule, connection)
+        except OSError as error:  # it has gone again already
+            reason = f"remote peer error ({error.strerror})"
+            self.fail(decision.rule, "", reason, Reply.CONNECTION_REFUSED, self.target)
+            return None
 
     def find_addresses(self) -> tuple[Endpoint, ...]:
         """Return the addresses of the target, each of which the rules will see.
@@ -10579,8 +10616,13 @@ class RoutedUdpRequest(UdpRequest):
 
     def run(self) -> None:
         session, target = self.session, self.request.target
-        decision = session.decide(session.facts("udpassociate", None))
+        # By the policy alone: super().run() asks once more, and what libwrap does is done once.
+        decision = session.serving.policy.socks_decision(session.facts("udpassociate", None), session.lookup)
         if decision.verdict == "block" or session.find_paths("udpassociate", None):
+            super().run()
+            return
+        decision = session.decide(session.facts("udpassociate", None))
+        if decision.verdict == "block":
             super().run()
             return
         session.authenticated_by(decision.method)
@@ -10642,16 +10684,19 @@ class RoutedUdpRequest(UdpRequest):
             for count in range(len(last.path.steps) - 1, 0, -1):
                 part = last.path._replace(steps=last.path.steps[:count])
                 ways.insert(0, self.session.open_way(self.rule, (part,), "udpassociate", UNSPECIFIED))
-        except (PathFailed, PeerGone) as failure:
+            relays = tuple(self.find_relay(way) for way in ways)
+        except (PathFailed, PeerGone, OSError) as failure:
             for way in ways:
                 way.connection.close()
             self.session.leave_paths(ways)
-            text = describe_chain_failure(failure) if isinstance(failure, PathFailed) else str(failure)
-            raise Refused(text) from None
+            if isinstance(failure, PathFailed):
+                raise Refused(describe_chain_failure(failure)) from None
+            raise Refused(
+                str(failure) if isinstance(failure, PeerGone) else describe_fault(failure)
+            ) from None
         if "connect" in self.rule.log:
             rest = f"{self.session.record.side} -> {last.describe(UNSPECIFIED)}"
             self.session.record.write("pass", self.rule, self.event, "-", rest)
-        relays = tuple(self.find_relay(way) for way in ways)
         controls = tuple(way.connection for way in ways)
         return Association(last.path, controls, relays, lambda: self.session.leave_paths(ways))
 
@@ -11174,6 +11219,7 @@ THREAD_STACK_BYTES = (
     256 * 1024
 )  # getaddrinfo and regular expressions need far less; 32-bit hosts have little room
 IDLE_THREAD_SECONDS = 5.0  # a thread without a client waits this long for the next
+WAKES_ONE = select.EPOLLIN | select.EPOLLEXCLUSIVE
 GATES = 2  # threads of a worker that wait for clients at the same time
 STOP_SECONDS = 0.6  # from the order to stop until a worker's sessions have ended and written their records
 CUSHION_BYTES = 4 << 20  # address space only: nothing is ever written there
@@ -11275,7 +11321,7 @@ class Worker:
         for gate in self.gates:
             gate.epoll.register(self.alarm[0], select.EPOLLIN)
             for descriptor in self.listeners:
-                gate.epoll.register(descriptor, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+                gate.epoll.register(descriptor, WAKES_ONE)
         self.start_thread()
         poller = select.poll()
         poller.register(self.control.fileno(), select.POLLIN)
@@ -11352,6 +11398,8 @@ class Worker:
         """Wait for a client, serve it, and so on: the life of a thread.  It ends when it is not needed."""
         while True:
             session = self.find_client()
+            if session is None and not self.idle and not self.draining:
+                continue  # the last one that waited has just got a client
             if session is None:
                 return
             if not self.idle and not self.draining and not self.call_successor():
@@ -11403,6 +11451,10 @@ class Worker:
                     with self.door:
                         session = self.accept(listener) if listener is not None else None
                     if session is not None:
+                        # The kernel asks the gates in the order of their registration: this one goes to
+                        # the end, so that all workers have their turn.
+                        gate.epoll.unregister(descriptor)
+                        gate.epoll.register(descriptor, WAKES_ONE)
                         return session
             except MemoryError:
                 self.run_short("out of memory")  # this thread stays: it may be the last to wait
@@ -11542,6 +11594,22 @@ class Helper(Protocol):
         ...
 
 
+def answer_question(inbox: socket.socket, control: socket.socket, helper: Helper) -> bool:
+    """Answer the next question; False where there will be none any more."""
+    try:
+        question = receive_question(inbox, helper.granted)
+    except BlockingIOError:
+        return True  # another helper was quicker
+    except MalformedMessage as error:
+        control.send(encode_message(0, [str(error.pid).encode(), str(error).encode()]))
+        return True
+    except InboxEnded as error:
+        control.send(encode_message(0, [NOBODY, str(error).encode()]))
+        return False
+    helper.grant(question)
+    return True
+
+
 def run_helper(serving: Serving, inbox: socket.socket, control: socket.socket, helper: Helper) -> int:
     """Answer questions until the mother says stop: the life of resolver and warden."""
     poller = select.poll()
@@ -11549,25 +11617,18 @@ def run_helper(serving: Serving, inbox: socket.socket, control: socket.socket, h
     poller.register(control.fileno(), select.POLLIN)
     while True:
         for descriptor, _ in poller.poll(helper.tidy()):
-            if descriptor == control.fileno():
-                message = receive_order(control)
-                if message is None or message[0] == Order.STOP:
-                    return 0
-                if message[0] == Order.DRAIN:
-                    helper.drain()
-                    return 0
-                if message[0] == Order.LOGS:
-                    serving.log.adopt(message[1], message[2])
+            if descriptor != control.fileno():
+                if not answer_question(inbox, control, helper):
+                    poller.unregister(inbox.fileno())
                 continue
-            try:
-                helper.grant(receive_question(inbox, helper.granted))
-            except BlockingIOError:
-                continue  # another helper was quicker
-            except MalformedMessage as error:
-                control.send(encode_message(0, [str(error.pid).encode(), str(error).encode()]))
-            except InboxEnded as error:
-                poller.unregister(inbox.fileno())
-                control.send(encode_message(0, [NOBODY, str(error).encode()]))
+            message = receive_order(control)
+            if message is None or message[0] == Order.STOP:
+                return 0
+            if message[0] == Order.DRAIN:
+                helper.drain()
+                return 0
+            if message[0] == Order.LOGS:
+                serving.log.adopt(message[1], message[2])
 
 
 def grant_resolve(fields: list[bytes]) -> list[bytes]:
@@ -11596,7 +11657,7 @@ def grant_groups(fields: list[bytes]) -> list[bytes]:
             names.append(os.fsencode(grp.getgrgid(number).gr_name))
         except KeyError:
             continue
-    return names[:64]
+    return names[: MAX_FIELDS - 1]
 
 
 RESOLVER_FAVOURS = {
@@ -11658,6 +11719,9 @@ class Warden:
         _, self.reader, self.commander = accounts  # as whom tokens are read, and libwrap runs
         self.daemon = daemon  # the name that hosts.allow and hosts.deny have for us
         self.options = list_options(config)
+        rules = (*config.client_rules, *config.socks_rules)
+        self.methods = {method.encode() for rule in rules for method in rule_methods(rule)}
+        self.services = {rule.pam_servicename.encode("latin-1") for rule in rules}
         self.children: dict[int, str] = {}  # pid -> the client's address; "" if it checks no password
         self.failures = Failures()
 
@@ -11670,21 +11734,28 @@ class Warden:
             return
         self.reap(len(self.children) >= VERIFIERS)
         if question.favour == Favour.ACCEPT:
-            self.children[fork_verifier(lambda: self.accept(question))] = ""
-            question.answer.close()
+            self.check(question, lambda: self.accept(question), "")
             return
         if question.favour == Favour.WRAP:
-            self.children[fork_verifier(lambda: self.wrap(question))] = ""
-            question.answer.close()
-            os.close(question.passed[0])
+            self.check(question, lambda: self.wrap(question), "")
             return
         host = question.fields[4].decode("latin-1")
         wait = self.find_wait(host)
         if wait > MOST_WAIT_SECONDS:
             question.reply([f"too many wrong log-ins from {Failures.find_source(host)}".encode(), b"0"])
             return
-        self.children[fork_verifier(lambda: self.answer(question, wait))] = host
-        question.answer.close()
+        self.check(question, lambda: self.answer(question, wait), host)
+
+    def check(self, question: Question, body: Callable[[], bool], host: str) -> None:
+        """Answer a question in a child; `host` is the client's address if it is about a password."""
+        try:
+            self.children[fork_verifier(body)] = host
+        except OSError as error:
+            question.reply([f"cannot be checked now: {error.strerror}".encode(), b"0"])
+        finally:
+            question.answer.close()
+            for descriptor in question.passed:
+                os.close(descriptor)
 
     def find_wait(self, host: str) -> float:
         """Return how long a log-in from an address has to wait; a nonsense address waits too long."""
@@ -11723,6 +11794,8 @@ class Warden:
     def verify(self, fields: list[bytes]) -> str:
         """Return "" if the credentials are right, else why not."""
         method, service, user, password, client = fields[:5]
+        if method not in self.methods or (method != b"username" and service not in self.services):
+            return f"method {escape_bytes(method)} is not in the configuration"
         if method == b"username":
             return verify_username(self.config.passwordfile, user, password)
         if method not in (b"pam.username", b"pam.address", b"pam.any"):
@@ -11867,11 +11940,6 @@ def find_unusable_externals(config: Config) -> tuple[Complaint, ...]:
                 Complaint("error", text, external.position, hint="it must be an address of this machine")
             )
     return tuple(complaints)
-
-
-def rule_methods(rule: Rule) -> tuple[str, ...]:
-    """Return every method that a rule may use."""
-    return (*rule.clientmethods, *rule.socksmethods)
 
 
 def needs_warden(config: Config) -> bool:
@@ -12145,17 +12213,22 @@ def forget_start_pages() -> None:
 
     They are a tenth of what the server holds, and all in the mother, who does not need them again.
     """
-    madvise = load_library("").madvise
+    madvise = getattr(load_library(""), "madvise", None)
+    if madvise is None:
+        return
     first = end = 0
-    with open("/proc/self/smaps", "rb") as file:
-        for line in file:
-            words = line.split()
-            if b"-" in words[0]:
-                # Only files that cannot be written, or code would go that the linker has completed.
-                is_file = len(words) > 5 and words[1] in (b"r-xp", b"r--p") and words[5].startswith(b"/")
-                first, end = (int(number, 16) for number in words[0].split(b"-")) if is_file else (0, 0)
-            elif words[:2] == [b"Anonymous:", b"0"] and first:
-                madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_DONTNEED)
+    try:
+        with open("/proc/self/smaps", "rb") as file:
+            for line in file:
+                words = line.split()
+                if b"-" in words[0]:
+                    # Only files that cannot be written, or code would go that the linker has completed.
+                    is_file = len(words) > 5 and words[1] in (b"r-xp", b"r--p") and words[5].startswith(b"/")
+                    first, end = (int(number, 16) for number in words[0].split(b"-")) if is_file else (0, 0)
+                elif words[:2] == [b"Anonymous:", b"0"] and first:
+                    madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_DONTNEED)
+    except OSError:
+        pass  # a jail without /proc
 
 
 def daemonize() -> int:
@@ -12287,9 +12360,6 @@ def take_passed_sockets(
 # ---- the mother
 
 
-MOST_SHARED_WORKERS = 8  # up to here there are two workers for each CPU
-
-
 class Mother:
     """Owns listeners, children, pid file and signals; lives in the main thread of the first process."""
 
@@ -12308,6 +12378,7 @@ class Mother:
         self.wakeup = (-1, -1)
         self.manager = Manager(os.environ)
         self.ending = False
+        self.has_warden = False
         self.last_spawn = 0.0
         self.due: list[tuple[float, str, int]] = []  # (when, kind, number): children to fork again
         self.tired: set[int] = set()  # workers to be replaced (sockd.conf(5), child)
@@ -12334,6 +12405,8 @@ class Mother:
         self.catch_signals()
         self.announce_listeners(self.listeners)
         self.spawn_children()
+        if self.due:
+            raise ConfigError("cannot start the processes that serve (see the log)")
         self.tell_ready()
         if caller >= 0:
             os.write(caller, b".")
@@ -12441,13 +12514,8 @@ class Mother:
     # --- children ---
 
     def count_workers(self) -> int:
-        """Return the -N of the command line, or what suits the CPUs that we may use, unlike danted's 1.
-
-        Two for each, as measured: one that waits for the interpreter's lock leaves its CPU to the other.
-        Where there are many CPUs that is no gain any more.
-        """
-        cpus = len(find_mask(self.config, "worker") or self.usable_cpus)
-        return self.options.servers or max(cpus, min(2 * cpus, MOST_SHARED_WORKERS))
+        """Return the -N of the command line; unlike danted's its default is one for each usable CPU."""
+        return self.options.servers or len(find_mask(self.config, "worker") or self.usable_cpus)
 
     def count_places(self) -> int:
         """Return how many workers there may be at a time: with child.*, each has one that relieves it."""
@@ -12462,8 +12530,9 @@ class Mother:
         forget_start_pages()
         gc.freeze()  # the collector then leaves the pages that all processes share alone
         self.spawn_child("resolver", 0)
-        # Once there is a warden, sessions of an older configuration may count on it.
-        if needs_warden(self.config) or any(child.kind == "warden" for child in self.children.values()):
+        # Once there has been a warden, sessions of an older configuration may count on it.
+        self.has_warden = self.has_warden or needs_warden(self.config)
+        if self.has_warden:
             self.spawn_child("warden", 0)
         for number in range(1, self.count_workers() + 1):
             self.spawn_child("worker", number)
@@ -12493,16 +12562,23 @@ class Mother:
             if text:
                 self.log.write("warning", text)
 
-    def spawn_child(self, kind: str, number: int) -> None:
-        """Fork a child of a kind, with the present configuration."""
+    def spawn_child(self, kind: str, number: int) -> bool:
+        """Fork a child of a kind, with the present configuration; False where it comes only later."""
         inherited = [child.control.fileno() for child in self.children.values()]
         inherited += [descriptor for descriptor in self.wakeup]
         if self.pidfile.descriptor >= 0:
             inherited.append(self.pidfile.descriptor)
         body = {"worker": self.be_worker, "resolver": self.be_resolver, "warden": self.be_warden}[kind]
         self.last_spawn = time.monotonic()
-        pid, control = spawn(lambda control: self.be_child(body, control, number), inherited)
+        try:
+            pid, control = spawn(lambda control: self.be_child(body, control, number), inherited)
+        except OSError as error:
+            # The machine has no room for a process now: what serves goes on, and this one is tried again.
+            self.log.write("error", f"cannot start a {kind}: {error.strerror}")
+            self.due.append((self.last_spawn + RESPAWN_SECONDS, kind, number))
+            return False
         self.children[pid] = Child(kind, control, number, self.generation, self.counts, self.last_spawn)
+        return True
 
     def be_child(self, body: Callable[[socket.socket, int], int], control: socket.socket, number: int) -> int:
         """Run the body of a child; what it cannot recover from is logged and ends it."""
@@ -12538,6 +12614,7 @@ class Mother:
 
     def be_resolver(self, control: socket.socket, _: int) -> int:
         """The life of the resolver, in its process."""
+        self.warden_inbox[0].close()  # who may read there sees passwords
         for listener in self.listeners.values():
             listener.close()
         threading.stack_size(THREAD_STACK_BYTES)
@@ -12547,6 +12624,7 @@ class Mother:
 
     def be_warden(self, control: socket.socket, _: int) -> int:
         """The life of the warden, in its process."""
+        self.resolver_inbox[0].close()
         for listener in self.listeners.values():
             listener.close()
         obey_cpu_settings(self.config, "warden", self.usable_cpus, self.log)
@@ -12728,7 +12806,7 @@ class Mother:
                 continue
             self.tired.discard(pid)
             if self.serves(child):
-                self.spawn_child("worker", place)
+                self.spawn_child("worker", place)  # or later: until then the others serve
                 self.children[pid] = child._replace(generation=relieved)
                 self.order(child, Order.DRAIN)
 
@@ -12742,8 +12820,9 @@ class Mother:
             if not data:
                 self.reap_soon(pid, child)
                 return
-            if data == TIRED and self.serves(child) and self.config.child_maxrequests:
-                self.tired.add(pid)
+            if data == TIRED and child.kind == "worker":
+                if self.serves(child) and self.config.child_maxrequests:
+                    self.tired.add(pid)
                 return
             _, fields = decode_message(data)
             culprit = int(fields[0])
@@ -12835,7 +12914,7 @@ USAGE = """\
 usage: {program} [-DLVhnv] [-N number] [-d number] [-f file] [-p file] [--chroot directory]
    -D             : run in daemon mode
    -L             : shows the license for this program
-   -N <number>    : run <number> worker processes [two for each CPU, up to 8]
+   -N <number>    : run <number> worker processes [one for each CPU]
    -V             : verify configuration and exit
    -d <number>    : set degree of debugging
    -f <filename>  : use <filename> as configuration file [{config}]

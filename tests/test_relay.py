@@ -195,6 +195,28 @@ def test_half_close_in_bulk_passes_what_the_other_side_still_sends(server: Serve
         assert target.seen[0].data == b"last words"
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", LOGGED], ids=["spliced", "copied"])
+def test_client_that_has_half_closed_and_reads_late_gets_all(server: Server, host: str) -> None:
+    """By then both directions of the target's connection are closed, which poll(2) tells as a hang-up."""
+    closed = threading.Event()
+
+    def give(connection: socket.socket, seen: Seen) -> None:
+        while connection.recv(1 << 16):
+            pass
+        connection.sendall(pattern(BULK_BYTES))
+        connection.close()
+        closed.set()
+
+    with bulk_under_way(server, give, host) as (_, client):
+        address = client.address
+        client.finish_sending()
+        taken = receive_much(client, BULK_BYTES - (4 << 20))
+        assert closed.wait(10)
+        eventually(lambda: measure_idleness(server, 0.1) == 0)
+        assert taken + client.receive_all() == pattern(BULK_BYTES)
+    assert ": local client closed." in wait_for_line(server, address, "tcp/connect ]:")
+
+
 def test_urgent_byte_behind_bulk_keeps_its_mark(server: Server) -> None:
     spliced = in_bulk(server)
     before, behind = pattern(BULK_BYTES), b"behind"
