@@ -11327,7 +11327,8 @@ class Worker:
         poller.register(self.control.fileno(), select.POLLIN)
         unattended = 0  # how often in a row nobody was found to wait for clients
         while not (self.draining and not self.sessions):
-            events = poller.poll(DRAIN_MILLISECONDS if self.draining else WATCH_MILLISECONDS)
+            hurries = self.draining or unattended
+            events = poller.poll(DRAIN_MILLISECONDS if hurries else WATCH_MILLISECONDS)
             if events and not self.obey():
                 return self.stop()
             if not events and not self.sessions and self.trimmed_after < self.accepted:
@@ -11337,6 +11338,7 @@ class Worker:
                 unattended = 0 if self.idle else unattended + 1
                 if unattended > 1:
                     self.run_short("out of memory")  # so that the next one finds some
+                    self.turn_all_away()
                 if unattended:
                     self.call_successor()  # the thread that was to wait has died young
         return 0
@@ -11518,17 +11520,26 @@ class Worker:
         self.keep_reserve()
         time.sleep(ACCEPT_PAUSE_SECONDS)
 
-    def turn_away(self, listener: socket.socket) -> None:
-        """Close a connection without serving it."""
+    def turn_all_away(self) -> None:
+        """Let nobody wait for threads that there is no memory for.  Called by the main thread."""
+        with self.door:
+            for listener in self.listeners.values():
+                for _ in range(LISTEN_BACKLOG):
+                    if not self.turn_away(listener):
+                        break
+
+    def turn_away(self, listener: socket.socket) -> bool:
+        """Close a connection without serving it; False if there is none."""
         try:
             descriptor = listener.accept()[0].detach()
         except (OSError, MemoryError):
-            return  # it has gone, or a session has been quicker to take the free descriptor
+            return False  # it has gone, or a session has been quicker to take the free descriptor
         if self.reserve < 0:
             # Closes the connection, and nobody can come between that and the reserve.
             self.reserve = os.dup2(self.control.fileno(), descriptor, inheritable=False)
         else:
             os.close(descriptor)
+        return True
 
     def run_short(self, text: str) -> None:
         """Give up the cushion: what memory there is now belongs to the sessions that live."""

@@ -240,6 +240,15 @@ def test_reserve_descriptor_that_somebody_else_takes_is_no_loss(
     check_good_client(server, peer)
 
 
+def is_served(server: Server) -> bool:
+    """Tell whether a new client is answered and not turned away."""
+    with Client(server.addresses[0]) as client:
+        try:
+            return client.greet() == NO_METHOD
+        except (AssertionError, ConnectionResetError, BrokenPipeError):
+            return False
+
+
 @pytest.mark.parametrize("megabytes", [348, 372, 400])  # memory ends at different steps of a new thread
 def test_server_without_memory_for_threads_turns_clients_away_and_recovers(
     sockd: Any, private_world: World, peer: StartPeer, megabytes: int
@@ -252,6 +261,7 @@ def test_server_without_memory_for_threads_turns_clients_away_and_recovers(
         assert any("refusing new clients" in message for message in server.messages)
         assert clients[0].request5(CONNECT, "127.0.0.1", target.port).code == 0
         assert clients[0].exchange(b"not forgotten") == b"not forgotten"
+    eventually(lambda: is_served(server))  # as soon as it has seen that clients have left
     check_good_client(server, peer)
     server.take_baseline()  # the idle threads end only after a while
 
