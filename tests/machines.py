@@ -24,7 +24,6 @@ from executable import NotBuilt, find_executable
 from servers import CLONE_NEWNET, WITHIN, eventually, find_children, need
 
 SUITE = "bookworm"
-MIRROR = "http://deb.debian.org/debian"
 PACKAGES = (
     "dante-server", "init-system-helpers", "iproute2", "libpam-modules", "logrotate", "openrc",
     "systemd", "systemd-sysv",
@@ -88,7 +87,7 @@ def make_base(base: Path) -> None:
     """Run debootstrap, in a directory that gets its name when all is there."""
     new = base.with_name(f"{base.name}.new")
     shutil.rmtree(new, ignore_errors=True)
-    command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(new), MIRROR]
+    command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(new)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     need(result.returncode == 0, f"debootstrap failed: {result.stdout[-500:]}")
     for unit in MASKED:
