@@ -4911,11 +4911,6 @@ def describe_count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def describe_event(verdict: str, rule: Rule, event: str, bracket: str, rest: str) -> str:
-    """Return a session line: `pass(1): tcp/connect [: REST`."""
-    return f"{verdict}({rule.number}): {event} {bracket}: {rest}"
-
-
 LOGS_A_BLOCK = frozenset({"connect", "disconnect", "data", "ioop"})  # As Dante: not by `error` alone.
 LOGS_AN_ERROR = frozenset({"error", "disconnect"})
 
@@ -5183,7 +5178,6 @@ class GssStore(ctypes.Structure):
 
 GSS_BUFFER, GSS_HANDLE = ctypes.POINTER(GssBuffer), ctypes.POINTER(ctypes.c_void_p)
 GSS_NUMBER, GSS_INT = ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_int)
-GSS_OID = ctypes.POINTER(GssOid)
 # Arguments behind the first of each, the minor status.
 GSS_CALLS: dict[str, tuple[Any, ...]] = {
     "gss_accept_sec_context": (
@@ -8012,7 +8006,8 @@ class UdpRelay:
                         return ended
                 if self.meter is not None:
                     self._count(self.meter)
-                if time.monotonic() >= self.orphaned_at and not self.resume_at:
+                is_orphan = self.orphaned_at != NO_DEADLINE and not self.resume_at
+                if is_orphan and time.monotonic() >= self.orphaned_at:
                     return CLIENT_CLOSED  # also while targets still send
 
     def close(self) -> None:
@@ -10031,14 +10026,15 @@ class BindRequest:
         listener.setblocking(False)
         listener.listen(1)
         path = f"{session.record.side} -> {bound} {describe_endpoint(self.target)}"
-        if "connect" in decision.rule.log:
-            session.record.write("pass", decision.rule, self.event, "[", path)
-        session.reply(Reply.SUCCEEDED, bound)
+        self.announce(decision.rule, path, bound)
         self.serve_peer(decision.rule, listener, bound)
-        if "disconnect" in decision.rule.log:
-            rest = f"{path}: {self.reason}" if self.reason else path
-            session.record.write(self.verdict, decision.rule, self.event, "]", rest)
-        self.finish()
+        self.finish(decision.rule, path)
+
+    def announce(self, rule: Rule, path: str, bound: Endpoint) -> None:
+        """Record and answer where the client's peer may connect to."""
+        if "connect" in rule.log:
+            self.session.record.write("pass", rule, self.event, "[", path)
+        self.session.reply(Reply.SUCCEEDED, bound)
 
     def listen(self) -> socket.socket:
         """Return a bound socket, not listening yet, as the rules are asked about its address; Refused."""
@@ -10088,7 +10084,14 @@ class BindRequest:
         self.session.opened.append(listener)
         return listener
 
-    def finish(self) -> None:
+    def finish(self, rule: Rule, path: str) -> None:
+        """Record the end of what was announced."""
+        if "disconnect" in rule.log:
+            rest = f"{path}: {self.reason}" if self.reason else path
+            self.session.record.write(self.verdict, rule, self.event, "]", rest)
+        self.finish_above()
+
+    def finish_above(self) -> None:
         """Record the end at accept level."""
         record = self.session.record
         if self.sides is not None:
@@ -10263,7 +10266,7 @@ class RoutedBindRequest(BindRequest):
             return
         except PeerGone as gone:
             self.reason = str(gone)
-            self.finish()
+            self.finish_above()
             return
         session.opened.append(way.connection)
         bound = self.find_bound(way)
@@ -10271,14 +10274,9 @@ class RoutedBindRequest(BindRequest):
         if not self.judge(decision):
             return
         path = f"{session.record.side} -> {way._replace(bound=bound).describe(self.target)}"
-        if "connect" in decision.rule.log:
-            session.record.write("pass", decision.rule, self.event, "[", path)
-        session.reply(Reply.SUCCEEDED, bound)
+        self.announce(decision.rule, path, bound)
         self.serve_named_peer(decision.rule, way, bound)
-        if "disconnect" in decision.rule.log:
-            rest = f"{path}: {self.reason}" if self.reason else path
-            session.record.write(self.verdict, decision.rule, self.event, "]", rest)
-        self.finish()
+        self.finish(decision.rule, path)
 
     def find_bound(self, way: Way) -> Endpoint:
         """Return where the upstream listens: an unspecified address is the upstream's own (SOCKS 4)."""
@@ -12573,8 +12571,13 @@ class Mother:
             if text:
                 self.log.write("warning", text)
 
-    def spawn_child(self, kind: str, number: int) -> bool:
-        """Fork a child of a kind, with the present configuration; False where it comes only later."""
+    def spawn_child(self, kind: str, number: int) -> None:
+        """Fork a child of a kind, now or, where the machine has no room for it, later."""
+        if not self.fork_child(kind, number):
+            self.due.append((self.last_spawn + RESPAWN_SECONDS, kind, number))
+
+    def fork_child(self, kind: str, number: int) -> bool:
+        """Fork a child of a kind, with the present configuration; False where that cannot be done now."""
         inherited = [child.control.fileno() for child in self.children.values()]
         inherited += [descriptor for descriptor in self.wakeup]
         if self.pidfile.descriptor >= 0:
@@ -12584,9 +12587,7 @@ class Mother:
         try:
             pid, control = spawn(lambda control: self.be_child(body, control, number), inherited)
         except OSError as error:
-            # The machine has no room for a process now: what serves goes on, and this one is tried again.
             self.log.write("error", f"cannot start a {kind}: {error.strerror}")
-            self.due.append((self.last_spawn + RESPAWN_SECONDS, kind, number))
             return False
         self.children[pid] = Child(kind, control, number, self.generation, self.counts, self.last_spawn)
         return True
@@ -12815,11 +12816,12 @@ class Mother:
             place = child.number + count if child.number <= count else child.number - count
             if self.serves(child) and place in taken:
                 continue
-            self.tired.discard(pid)
             if self.serves(child):
-                self.spawn_child("worker", place)  # or later: until then the others serve
+                if not self.fork_child("worker", place):
+                    return  # it serves on, and is looked at again the next time
                 self.children[pid] = child._replace(generation=relieved)
                 self.order(child, Order.DRAIN)
+            self.tired.discard(pid)
 
     def hear_child(self, pid: int) -> None:
         """Read what a child has to say: a helper may report a worker that has gone wrong."""

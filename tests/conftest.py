@@ -113,3 +113,17 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     for group in item.stash.get(SERVERS, []):
         for server in group:
             report.sections.append((f"{server.name} {server.pid} wrote", server.text))
+
+
+@pytest.fixture
+def factory(request: pytest.FixtureRequest) -> Factory:
+    """Starts sockd, or what a test asks for besides."""
+    found: Factory = request.getfixturevalue(getattr(request, "param", "sockd"))
+    return found
+
+
+@pytest.fixture
+def stack(factory: Factory) -> Iterator[contextlib.ExitStack]:
+    """Holds clients, who leave before their server is closed."""
+    with contextlib.ExitStack() as opened:
+        yield opened

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +76,6 @@ class Crowd:
     def go(self, leave: Callable[[Client], None] = Client.close) -> None:
         """Send the first client away."""
         leave(self.inside.pop(0))
-
-
-@pytest.fixture
-def factory(request: pytest.FixtureRequest) -> Factory:
-    """Starts sockd, or what a test asks for besides."""
-    found: Factory = request.getfixturevalue(getattr(request, "param", "sockd"))
-    return found
-
-
-@pytest.fixture
-def stack(factory: Factory) -> Iterator[contextlib.ExitStack]:
-    """Holds clients, who leave before their server is closed."""
-    with contextlib.ExitStack() as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,20 +38,6 @@ each_server = pytest.mark.parametrize("factory", ["sockd", "danted"], indirect=T
 
 def monitored(*items: str, addresses: str = ANYBODY, protocol: str = "protocol: tcp") -> str:
     return HEAD + RULES + rule("monitor", addresses, protocol, *items)
-
-
-@pytest.fixture
-def factory(request: pytest.FixtureRequest) -> Factory:
-    """Starts sockd, or what a test asks for besides."""
-    found: Factory = request.getfixturevalue(getattr(request, "param", "sockd"))
-    return found
-
-
-@pytest.fixture
-def stack(factory: Factory) -> Iterator[contextlib.ExitStack]:
-    """Holds clients, who leave before their server is closed."""
-    with contextlib.ExitStack() as opened:
-        yield opened
 
 
 def alarms(server: Server) -> list[str]:
