@@ -1855,6 +1855,18 @@ IGNORED_OPTIONS = frozenset(
         "ip_recvttl",
     ]
 )
+# Linux takes no number for these.  As Dante: sessions go on without; unlike it, one warning is enough.
+IMPOSSIBLE_OPTIONS = {
+    "tcp_md5sig": "Linux wants a key for each peer, and no number can be one",
+    "so_sndlowat": "in Linux it is always 1",
+}
+# What takes a capability if its value is above this one (socket(7)); as may an option that is a number.
+UNPRIVILEGED_VALUES = {"so_debug": 0, "so_priority": 6, "so_rcvbufforce": -1, "so_sndbufforce": -1}
+
+
+def needs_power(option: SocketOption) -> bool:
+    """Tell whether an option may be one that only a process with CAP_NET_ADMIN can set."""
+    return option.name.isdecimal() or option.value > UNPRIVILEGED_VALUES.get(option.name, MAX_OPTION)
 
 
 def check_option_side(parser: Parser, keyword: Token) -> None:
@@ -1867,16 +1879,32 @@ def check_option_side(parser: Parser, keyword: Token) -> None:
         raise Mistake("a rule that blocks never uses the external side", keyword, "leave it out")
 
 
-def check_option_time(parser: Parser, keyword: Token, option: Option) -> None:
-    """Warn of an option that comes too late in a rule for the client's connection."""
+def is_in_time(parser: Parser, keyword: Token, name: str) -> bool:
+    """Warn of an option that comes too late in a rule for the client's connection; False to leave it out."""
     in_rule = parser.draft.context in ("client", "hostid", "socks")
-    if in_rule and option.early and keyword.text.startswith("internal."):
-        parser.warn(
-            "this option should be set before the client's connection exists, but the rule is "
-            "matched after that",
-            keyword,
-            "set it above the rules, for every connection",
-        )
+    if not (in_rule and OPTIONS[name].early and keyword.text.startswith("internal.")):
+        return True
+    # As Dante, which leaves out all that come late: nobody would hear of what a client sends.
+    in_time = name != "so_rcvlowat"
+    parser.warn(
+        "this option should be set before the client's connection exists, but the rule is "
+        f"matched after that{'' if in_time else ': it is ignored'}",
+        keyword,
+        "set it above the rules, for every connection",
+    )
+    return in_time
+
+
+def find_option_fault(keyword: Token, level_name: str, name: str) -> tuple[str, str]:
+    """Return why an option is to be ignored and a hint, or "" twice."""
+    levels = OPTIONS[name].levels
+    if level_name not in levels:
+        # Unlike Dante: it warns and sets whatever has this number at the other level.
+        side = keyword.text.partition(".")[0]
+        return f'is not of level "{level_name}": it is ignored', f'write "{side}.{levels[0]}.{name}"'
+    if name in IMPOSSIBLE_OPTIONS:
+        return f"is ignored: {IMPOSSIBLE_OPTIONS[name]}", "leave it out"
+    return "", ""
 
 
 def parse_option_value(parser: Parser, keyword: Token, option: Option) -> int:
@@ -1912,13 +1940,13 @@ def read_option(parser: Parser, keyword: Token) -> tuple[SocketOption, ...]:
         raise Mistake(f'unknown socket option "{shorten(name)}"', keyword, find_similar(name, OPTIONS))
     option = OPTIONS[name]
     value = parse_option_value(parser, keyword, option) << option.shift
-    if level_name not in option.levels:
-        # Unlike Dante: it warns and sets whatever has this number at the other level.
-        text = f'socket option "{name}" is not of level "{level_name}": it is ignored'
-        parser.warn(text, keyword, f'write "{side}.{option.levels[0]}.{name}"')
+    fault, hint = find_option_fault(keyword, level_name, name)
+    if fault:
+        parser.warn(f'socket option "{name}" {fault}', keyword, hint)
         return ()
     check_option_side(parser, keyword)
-    check_option_time(parser, keyword, option)
+    if not is_in_time(parser, keyword, name):
+        return ()
     return (SocketOption(side, level_name, name, option.level, option.number, value, option.mask),)
 
 
@@ -4921,7 +4949,7 @@ LOGS_AN_ERROR = frozenset({"error", "disconnect"})
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PR_SET_KEEPCAPS = 8  # linux/prctl.h
-CAP_DAC_READ_SEARCH, CAP_NET_BIND_SERVICE = 2, 10  # linux/capability.h
+CAP_DAC_READ_SEARCH, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN = 2, 10, 12  # linux/capability.h
 CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
@@ -5022,6 +5050,16 @@ def set_capabilities(mask: int) -> None:
     data = struct.pack("=6I", low, low, 0, high, high, 0)
     if load_library("").capset(header, data) != 0:
         raise system_error("capset")
+
+
+def held_capabilities() -> int:
+    """Return the mask of the capabilities that this process is permitted (capget(2))."""
+    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
+    data = ctypes.create_string_buffer(24)
+    if load_library("").capget(header, data) != 0:
+        raise system_error("capget")
+    _, low, _, _, high, _ = struct.unpack("=6I", data.raw)
+    return int(high) << 32 | int(low)
 
 
 def release_memory() -> None:
@@ -5689,7 +5727,8 @@ class Stream:
 def option_value(connection: socket.socket, option: SocketOption) -> int | bytes:
     """Return what setsockopt(2) wants for an option: an integer, or one of its structures."""
     if option.level == socket.SOL_SOCKET and option.number == socket.SO_LINGER:
-        return struct.pack("=ii", 1, option.value)
+        # 0 is not to linger, as everywhere: with the kernel's other meaning each end would be a reset.
+        return struct.pack("=ii", option.value > 0, option.value)
     if option.level == socket.SOL_SOCKET and option.number in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         return struct.pack("@ll", option.value, 0)
     if option.mask:
@@ -6127,18 +6166,15 @@ def check_jail(root: str) -> None:
         raise ConfigError(f'cannot chroot to "{root}": only root can (chroot, --chroot)')
 
 
-def become_privileged(account: Account) -> None:
-    """Take the identity of user.privileged, keeping what a warden that is not root needs.
-
-    That is to read the shadow file and PAM's, and to bind privileged ports; root's other powers go.
-    """
+def become_privileged(account: Account, powers: int) -> None:
+    """Take the identity of user.privileged, keeping the capabilities of a mask as far as we have them."""
     if account.uid == 0:
         return
     prctl(PR_SET_KEEPCAPS, 1)
     os.setgroups(list(account.groups))
     os.setresgid(account.gid, account.gid, account.gid)
     os.setresuid(account.uid, account.uid, account.uid)
-    set_capabilities(1 << CAP_DAC_READ_SEARCH | 1 << CAP_NET_BIND_SERVICE)
+    set_capabilities(powers & held_capabilities())
 
 
 def become_commander(account: Account | None) -> None:
@@ -9693,7 +9729,7 @@ class Session:
         """Set a rule's socket options; one that cannot be set is a warning."""
         for option, error in set_options(connection, rule.socket_options, side):
             fault = error.strerror or str(error)
-            if error.errno in (errno.EPERM, errno.EACCES):
+            if error.errno in (errno.EPERM, errno.EACCES) and needs_power(option):
                 fault = self.force_option(connection, option)
             if fault:
                 self.serving.log.write("warning", describe_option_fault(option, fault))
@@ -11960,8 +11996,20 @@ def needs_warden(config: Config) -> bool:
         or "sameport" in config.compatibility
         or config.libwrap_hosts_access
         or any(rule.libwrap is not None for rule in rules)
-        or bool(list_options(config))
+        or any(needs_power(option) for option in list_options(config))
     )
+
+
+def find_powers(config: Config) -> int:
+    """Return the capabilities of a warden that is not root.
+
+    They are to read the shadow file and PAM's, to bind privileged ports, and where it is asked for to set
+    socket options.
+    """
+    powers = 1 << CAP_DAC_READ_SEARCH | 1 << CAP_NET_BIND_SERVICE
+    if any(needs_power(option) for option in list_options(config)):
+        powers |= 1 << CAP_NET_ADMIN
+    return powers
 
 
 def find_missing_libraries(config: Config) -> tuple[Complaint, ...]:
@@ -12641,7 +12689,7 @@ class Mother:
             listener.close()
         obey_cpu_settings(self.config, "warden", self.usable_cpus, self.log)
         if self.accounts[0] is not None:
-            become_privileged(self.accounts[0])
+            become_privileged(self.accounts[0], find_powers(self.config))
         warden = Warden(self.config, self.log, self.accounts, self.log.program)
         return run_helper(self.serving(), self.warden_inbox[0], control, warden)
 

@@ -118,7 +118,7 @@ DIFFERENCES = {
     "parse_port": "port: N",
     "read_internal": "Port 0",
     "routes_choose": "Wildcard",
-    "read_option": "Option levels",
+    "find_option_fault": "Option levels",
     "check_rules_exist": "Nothing passes",
     "FINAL_LOG": "Built-in rule",
     "match_domain_text": "Label border",

@@ -221,6 +221,38 @@ def test_user_without_a_line_is_not_root(sockd: Factory, config: str) -> None:
     assert any(record.level == "warning" and "user.unprivileged" in record.message for record in server.log)
 
 
+class ConfinedSockd(Sockd):
+    """sockd in a container that grants less than root has elsewhere."""
+
+    def command(self) -> list[str]:
+        return ["setpriv", "--bounding-set=-dac_read_search,-net_admin", *super().command()]
+
+
+@pytest.fixture
+def confined_sockd(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Factory]:
+    """Start servers that have little to keep when they give up root's identity."""
+    need(shutil.which("setpriv"), "setpriv is missing")
+    factory = Factory(ConfinedSockd, tmp_path, request.node)
+    yield factory
+    factory.close()
+
+
+def test_warden_that_is_not_root_does_without_what_it_cannot_keep(
+    confined_sockd: Factory, peer: Callable[..., Any]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        accounts = Path(folder, "accounts")
+        accounts.write_text(f"ann:{hash_password('sesame')}\n")
+        shutil.chown(accounts, "daemon")
+        head = "external.tcp.so_rcvbufforce: 100000\nuser.privileged: daemon"
+        config = CONFIG.format(accounts=accounts).replace("user.privileged: root", head)
+        server = confined_sockd(config)
+        with Client(server.addresses[0]) as client:
+            assert client.open5(CONNECT, *peer("echo").address, LOGIN).code == 0
+    assert "could not set external.tcp.so_rcvbufforce: Operation not permitted" in server.text
+
+
 def test_worker_holds_no_file_but_its_log(
     sockd: Factory, peer: Callable[..., Any], config: str, jail: Path, tmp_path: Path
 ) -> None:
