@@ -630,6 +630,14 @@ class Scanner:
         self.skip_space()
         return self.take(pattern)
 
+    def take_further(self, pattern: re.Pattern[str]) -> Token | None:
+        """take_below for what need not follow: where it does not, stay in this line."""
+        start = self.offset
+        token = self.take_below(pattern)
+        if token is None:
+            self.offset = start
+        return token
+
     def skip_space(self) -> None:
         self.offset = skip(SPACE, self.text, self.offset)
 
@@ -898,6 +906,11 @@ def parse_number(parser: Parser, low: int, high: int) -> int:
     return check_range(parse_number_text(token), low, high, token)
 
 
+def parse_large_number(parser: Parser, low: int, high: int) -> int:
+    """Read a number of which all above `high` means the same.  As Dante: it may have 63 bits."""
+    return min(parse_number(parser, low, MAX_NUMBER), high)
+
+
 def parse_word(parser: Parser, word: str) -> bool:
     """Take `word` if it comes next."""
     found = parser.scanner.look(VALUE_WORD)
@@ -906,11 +919,11 @@ def parse_word(parser: Parser, word: str) -> bool:
 
 def parse_pair(parser: Parser, high: int) -> tuple[int, int]:
     """Read FIRST/SECOND, each at least 1."""
-    first = parse_number(parser, 1, high)
-    if not parser.scanner.take(SLASH):
+    first = parse_large_number(parser, 1, high)
+    if not parser.scanner.take_further(SLASH):
         found = parser.scanner.next_token()
         raise Mistake(f'expected "/" and a second number, not {describe_token(found)}', found)
-    return first, parse_number(parser, 1, high)
+    return first, parse_large_number(parser, 1, high)
 
 
 def setting_follows(parser: Parser, pattern: re.Pattern[str]) -> bool:
@@ -990,8 +1003,32 @@ def one_of(*words: str) -> Reader:
     return read
 
 
+def starts_line_with(parser: Parser, words: tuple[str, ...]) -> bool:
+    parser.scanner.skip_space()
+    word = parser.scanner.look(VALUE_WORD)
+    return word is not None and word.text in words
+
+
+def some_below(*words: str) -> Reader:
+    """Make a reader of a list of the given words.  As Dante: one that goes on in the lines below."""
+    read_line = some_of(*words)
+
+    def read(parser: Parser, keyword: Token) -> tuple[str, ...]:
+        parser.scanner.skip_space()
+        values: tuple[str, ...] = read_line(parser, keyword)
+        while starts_line_with(parser, words):
+            values += read_line(parser, keyword)
+        return values
+
+    return read
+
+
 def number(low: int, high: int) -> Reader:
     return lambda parser, keyword: parse_number(parser, low, high)
+
+
+def large_number(low: int, high: int) -> Reader:
+    return lambda parser, keyword: parse_large_number(parser, low, high)
 
 
 def read_yes_or_no(parser: Parser, keyword: Token) -> bool:
@@ -1013,7 +1050,7 @@ def check_order(low: int, high: int, last: Token) -> None:
 
 def read_port_range(parser: Parser, keyword: Token) -> tuple[int, int]:
     low = parse_number(parser, 0, 65535)
-    if not parser.scanner.take(DASH):
+    if not parser.scanner.take_further(DASH):
         found = parser.scanner.next_token()
         raise Mistake(f'expected "-" and the last port, not {describe_token(found)}', found)
     last = parser.scanner.look(NUMBER_WORD) or parser.scanner.next_token()
@@ -1213,7 +1250,7 @@ def parse_dotted_mask(token: Token) -> int:
 
 def parse_mask(parser: Parser, kind: str, slash: Token) -> int:
     """Read what follows the slash, as the length of the mask."""
-    token = parser.scanner.take(MASK_WORD)
+    token = parser.scanner.take_further(MASK_WORD)
     if token is None:
         raise Mistake(f"a mask must follow the slash: 0 to {BITS[kind]}", slash)
     if kind == "ipv4" and "." in token.text:
@@ -1230,7 +1267,7 @@ def parse_mask(parser: Parser, kind: str, slash: Token) -> int:
 
 def parse_every_address(parser: Parser, token: Token, slash: Token | None) -> RuleAddress:
     """Finish 0/0, the only pattern that covers both families."""
-    length = parser.scanner.take(MASK_WORD) if slash else None
+    length = parser.scanner.take_further(MASK_WORD) if slash else None
     if length is None or length.text not in ("0", "0.0.0.0"):
         wrong = length or token
         raise Mistake("the mask of 0 can only be 0", wrong, "0/0 stands for every address")
@@ -1240,7 +1277,7 @@ def parse_every_address(parser: Parser, token: Token, slash: Token | None) -> Ru
 def parse_masked(parser: Parser, keyword: Token) -> RuleAddress:
     """Read the address of a rule with its mask."""
     token = take_address(parser, keyword)
-    slash = parser.scanner.take(SLASH)
+    slash = parser.scanner.take_further(SLASH)
     if token.text == "0":
         return parse_every_address(parser, token, slash)
     pattern = parse_pattern(parser, token)
@@ -1287,7 +1324,7 @@ def find_service(parser: Parser, token: Token) -> int:
 
 
 def parse_port_value(parser: Parser) -> int:
-    token = parser.scanner.take(PORT_NUMBER)
+    token = parser.scanner.take_further(PORT_NUMBER)
     if token:
         return check_range(parse_number_text(token), 0, 65535, token)
     token = parser.scanner.take(SERVICE_WORD)
@@ -1304,9 +1341,9 @@ def parse_port(parser: Parser) -> PortTest:
     """
     if not parser.scanner.take(PORT_KEYWORD):
         return PortTest()
-    sign = parser.scanner.take(OPERATOR)
+    sign = parser.scanner.take_further(OPERATOR)
     low = parse_port_value(parser)
-    dash = parser.scanner.take(DASH)
+    dash = parser.scanner.take_further(DASH)
     if not dash:
         return PortTest(OPERATORS[sign.text if sign else ""], low, low)
     last = parser.scanner.look(SERVICE_WORD) or dash
@@ -1657,8 +1694,12 @@ def read_schedule(parser: Parser, keyword: Token) -> tuple[tuple[str, str, int],
 def read_mask(parser: Parser, keyword: Token) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Read a list of CPU numbers, or "any"."""
     process = find_process(parser, keyword)
+    parser.scanner.skip_space()
+    words = [*take_values(parser, keyword, VALUE_WORD)]
+    while word := parser.scanner.take_further(NUMBER_WORD):
+        words.append(word)
     cpus = []
-    for word in take_values(parser, keyword, VALUE_WORD):
+    for word in words:
         if word.text == "any":
             continue
         cpu = parse_number_text(word)
@@ -1716,13 +1757,16 @@ def find_sides(keyword: Token) -> tuple[str, ...]:
     return ("internal", "external") if side == "alarm" else (side,)
 
 
+IN_WORD = re.compile(r"in(?![A-Za-z0-9_.-])")
+
+
 def read_data_alarm(parser: Parser, keyword: Token) -> tuple[tuple[Alarm, Token], ...]:
     """Read BYTES in SECONDS."""
     limit = parse_number(parser, 0, MAX_NUMBER)
-    if not parse_word(parser, "in"):
+    if not parser.scanner.take_further(IN_WORD):
         found = parser.scanner.next_token()
         raise Mistake('expected "in" and a number of seconds', found, "write e.g. 100 in 60")
-    seconds = parse_number(parser, 1, MAX_SECONDS)
+    seconds = parse_large_number(parser, 1, MAX_SECONDS)
     direction = keyword.text.rpartition(".")[2]
     directions = ("recv", "send") if direction == "data" else (direction,)
     alarm = Alarm("data", find_sides(keyword), directions, limit, 0, seconds)
@@ -1739,7 +1783,7 @@ def read_disconnect_alarm(parser: Parser, keyword: Token) -> tuple[tuple[Alarm, 
             f"write {sessions}/{count}",
         )
     # As Dante: 5 seconds unless told.
-    seconds = parse_number(parser, 1, MAX_SECONDS) if parse_word(parser, "in") else 5
+    seconds = parse_large_number(parser, 1, MAX_SECONDS) if parser.scanner.take_further(IN_WORD) else 5
     alarm = Alarm("disconnect", find_sides(keyword), (), count, sessions, seconds)
     return ((alarm, keyword),)
 
@@ -1982,8 +2026,9 @@ IN_RULES = IN_CLIENT | IN_SOCKS
 IN_ROUTE = frozenset({"route"})
 IN_MONITOR = frozenset({"monitor"})
 
-read_seconds = number(0, MAX_SECONDS)
-read_count = number(0, MAX_OPTION)
+read_seconds = large_number(0, MAX_SECONDS)
+read_count = large_number(0, MAX_OPTION)
+read_limit = large_number(1, MAX_OPTION)
 read_positive = number(1, MAX_OPTION)
 
 OBJECT_KEYWORDS = (
@@ -2021,9 +2066,9 @@ GLOBAL_KEYWORDS = (
     Keyword("udp.connectdst", IN_GLOBAL, "take UDP replies only from the target",
             read_yes_or_no, ("udp_connectdst",)),
     Keyword("compatibility", IN_GLOBAL, "quirks for old clients",
-            some_of("sameport", "draft-5.05"), ("compatibility",), "set"),
+            some_below("sameport", "draft-5.05"), ("compatibility",), "set"),
     Keyword("extension", IN_GLOBAL | IN_ROUTE, "Dante's extension of bind",
-            some_of("bind"), ("extension",), "set"),
+            some_below("bind"), ("extension",), "set"),
     Keyword("srchost", IN_GLOBAL, "checks of the client's DNS entries",
             some_of("nodnsmismatch", "nodnsunknown", "checkreplyauth"), ("srchost",), "set"),
     Keyword("resolveprotocol", IN_GLOBAL, "how rules resolve names; fake: not at all",
@@ -2113,14 +2158,14 @@ RULE_KEYWORDS = (
     Keyword("hostid", IN_RULES | IN_MONITOR, "host id to match", read_pattern),
     Keyword("hostindex", IN_RULES | IN_MONITOR, "which host id to match",
             number(0, 255), ("hostindex",)),
-    Keyword("session.max", IN_RULES, "sessions at a time", read_positive, ("session.max",)),
+    Keyword("session.max", IN_RULES, "sessions at a time", read_limit, ("session.max",)),
     Keyword("session.throttle", IN_RULES, "new sessions in a time: CLIENTS/SECONDS",
             read_throttle, ("session.throttle",)),
     Keyword("session.state.key", IN_RULES, "what the state limits count by",
             some_of("from", "hostid"), ("session.state_key",)),
     Keyword("session.state.key.hostindex", IN_RULES, "which host id to count by", number(0, 255)),
     Keyword("session.state.max", IN_RULES, "sessions at a time for each key",
-            read_positive, ("session.state_max",)),
+            read_limit, ("session.state_max",)),
     Keyword("session.state.throttle", IN_RULES, "new sessions in a time for each key",
             read_throttle, ("session.state_throttle",)),
     Keyword("session.inheritable", IN_CLIENT, "whether the socks-rule takes the limits over",
@@ -2341,7 +2386,7 @@ def resolve_keyword(parser: Parser, word: Token) -> Keyword:
 
 def parse_colon(parser: Parser, keyword: Keyword, word: Token) -> None:
     # The one keyword that has neither colon nor value.
-    if keyword.name.endswith("alarm.mtu-error") or parser.scanner.take(COLON):
+    if keyword.name.endswith("alarm.mtu-error") or parser.scanner.take_further(COLON):
         return
     found = parser.scanner.next_token()
     raise Mistake(f'expected ":" after "{word.text}", not {describe_token(found)}', found)
@@ -2641,31 +2686,40 @@ def is_checked(parser: Parser, check: str) -> bool:
     return check in parser.settings.values.get("srchost", ())
 
 
+def find_naming_lists(rule: Rule, checks_replies: bool) -> list[tuple[str, tuple[str, ...]]]:
+    """Return, with their keywords, the method lists of which each entry must tell a user."""
+    socks = ("socksmethod", rule.socksmethods)
+    client = ("clientmethod", rule.clientmethods)
+    if rule.commands <= REPLY_COMMANDS:  # or it is a client-rule
+        return [client]
+    return [socks, client] if checks_replies and "bindreply" in rule.commands else [socks]
+
+
 def check_names(parser: Parser, draft: Draft, rule: Rule) -> None:
     """Refuse a rule that asks for a user whom its methods cannot name."""
     if not needs_name(draft.values):
         return
     token = draft.places.get("user") or draft.places["group"]
-    if rule.commands and rule.commands <= {"udpreply"}:
+    checks_replies = is_checked(parser, "checkreplyauth")
+    if "udpreply" in rule.commands and rule.commands <= REPLY_COMMANDS:
         parser.error("a UDP reply comes from no user", token, 'leave "user" and "group" out')
         return
-    if "udpreply" in rule.commands and is_checked(parser, "checkreplyauth"):
+    if "udpreply" in rule.commands and checks_replies:
         parser.error(
             'with "srchost: checkreplyauth" a rule for UDP replies cannot ask for a user',
             token,
             "write a rule of its own for udpreply",
         )
         return
-    by_client = draft.context != "socks" or rule.commands <= REPLY_COMMANDS
-    keyword = "clientmethod" if by_client else "socksmethod"
-    methods = rule.clientmethods if by_client else rule.socksmethods
-    unnamed = [method for method in methods if method not in NAMING_METHODS]
-    if unnamed:
-        hint = f'leave "{unnamed[0]}" out of the "{keyword}" of this rule'
-        if by_client:
-            hint = 'give it "clientmethod: rfc931", or ask for the user in a socks-rule'
-        text = f'this rule asks for a user, but {keyword} "{unnamed[0]}" does not tell one'
-        parser.error(text, token, hint)
+    for keyword, methods in find_naming_lists(rule, checks_replies):
+        unnamed = [method for method in methods if method not in NAMING_METHODS]
+        if unnamed:
+            hint = f'leave "{unnamed[0]}" out of the "{keyword}" of this rule'
+            if keyword == "clientmethod":
+                hint = 'give it "clientmethod: rfc931", or ask for the user in a socks-rule without replies'
+            text = f'this rule asks for a user, but {keyword} "{unnamed[0]}" does not tell one'
+            parser.error(text, token, hint)
+            return
 
 
 def check_reply_methods(parser: Parser, draft: Draft, rule: Rule) -> None:
@@ -3296,6 +3350,15 @@ def match_address(
     return match_named(pattern, endpoint, addresses, lookup)
 
 
+def covers_every_target(pattern: RuleAddress, families: frozenset[int]) -> bool:
+    """Tell whether a rule's `to` covers all that can be reached over the families that we can leave by."""
+    if pattern.port.operator != "any":
+        return False
+    # As Dante: 0.0.0.0/0 does so where no external address is an IPv6 one, and ::/0 the other way round.
+    alone = {pattern.kind} == {FAMILY_NAMES[family] for family in families}
+    return pattern.kind == "any" or (alone and pattern.prefix == 0)
+
+
 def match_target(rule: Rule, facts: Facts, lookup: Lookup) -> tuple[Endpoint, ...] | None:
     """match_address for the `to` of a rule, where the target may not be known yet."""
     if facts.target is not None:
@@ -3306,8 +3369,7 @@ def match_target(rule: Rule, facts: Facts, lookup: Lookup) -> tuple[Endpoint, ..
         return match_address(rule.target, facts.target, addresses, lookup)
     # As Dante: before the first datagram any pass rule may come to match, but a block rule
     # counts only where it covers every target.
-    covers_all = rule.target.kind == "any" and rule.target.port.operator == "any"
-    return () if rule.verdict == "pass" or covers_all else None
+    return () if rule.verdict == "pass" or covers_every_target(rule.target, facts.families) else None
 
 
 def choose_rule_method(methods: tuple[str, ...], identity: Identity, lookup: Lookup) -> str | None:
@@ -9545,7 +9607,10 @@ class Session:
         assert self.request is not None
         protocol = "udp" if command in UDP_COMMANDS else "tcp"
         language = PROXY_PROTOCOL_OF_VERSION[self.request.version]
-        families = external_families(self.config, self.lookup) if addresses else frozenset({4, 6})
+        families = frozenset({4, 6})
+        # Nobody knows what an upstream can reach; and where nothing is compared with them, they cost a look.
+        if addresses or (target is None and not self.config.routes):
+            families = external_families(self.config, self.lookup)
         return Facts(command, protocol, language, self.client, target, addresses, families, self.identity)
 
     def authenticated_by(self, method: str) -> None:
@@ -10408,7 +10473,7 @@ class UdpRequest:
 
     def run(self) -> None:
         session, target = self.session, self.request.target
-        decision = session.decide_request(session.facts("udpassociate", None))
+        decision = self.judge()
         session.authenticated_by(decision.method)
         if decision.verdict == "block":
             session.record.request_blocked(
@@ -10430,6 +10495,17 @@ class UdpRequest:
             session.record.write("pass", self.rule, self.event, "[", f"{describe_endpoint(target)} {local}")
         session.reply(Reply.SUCCEEDED, local, USE_CLIENTS_PORT if self.keeps_port() else 0)
         self.relay(relay)
+
+    def judge(self) -> Decision:
+        """Judge the association.  As Dante: by the port as well that the client says it will send from."""
+        session = self.session
+        facts = session.facts("udpassociate", None)
+        named = facts._replace(source=self.request.target)
+        if not named.source.port or named.source.host != session.client.host:
+            return session.decide_request(facts)
+        # By the policy alone first: what libwrap does for a rule that passes is done once.
+        decision = session.serving.policy.socks_decision(named, session.lookup)
+        return session.decide(named) if decision.verdict == "block" else session.decide_request(facts)
 
     def keeps_port(self) -> bool:
         """Tell whether to grant that datagrams leave by the client's port (compatibility: draft-5.05)."""

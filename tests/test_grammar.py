@@ -667,7 +667,7 @@ def test_parse_reads_an_alarm(line: str, expected: tuple[object, ...]) -> None:
         ("timeout.io: 30s", 13, '"30s" is not a number', "whole number"),
         ("timeout.io: 0X10", 13, '"0X10" is not a number', ""),
         ("timeout.io: -1", 13, '"-1" is not a number', ""),
-        ("timeout.io: 99999999999999999999", 13, "it must be from 0 to 4294967295", ""),
+        ("timeout.io: 99999999999999999999", 13, "it must be from 0 to 9223372036854775807", ""),
         ("udp.connectdst: maybe", 17, "expected yes or no", ""),
         ("resolveprotocol: fak", 18, "expected udp, tcp or fake", 'did you mean "fake"?'),
         ("socksmethod: none usrname", 19, '"usrname" is no value', 'did you mean "username"?'),
@@ -767,6 +767,68 @@ def test_parse_says_what_is_wrong_in_a_rule(head: str, line: str, text: str, hin
     assert len(errors) == 1, describe(complaints)
     assert text in errors[0].text
     assert hint in errors[0].hint
+
+
+@pytest.mark.parametrize(
+    ("spread", "joined"),
+    [
+        ("socks pass { from: 0/0 port\n=\n80 to: 0/0 }", "socks pass { from: 0/0 port = 80 to: 0/0 }"),
+        ("socks pass { from: 0/0 port\n80\n-\n90 to: 0/0 }", "socks pass { from: 0/0 port 80-90 to: 0/0 }"),
+        ("socks pass { from: 10.0.0.0\n/\n8 to: 0\n/\n0 }", "socks pass { from: 10.0.0.0/8 to: 0/0 }"),
+        ("socks pass { from\n: 0/0 to\n: 0/0 }", "socks pass { from: 0/0 to: 0/0 }"),
+        ("timeout.io\n:\n5", "timeout.io: 5"),
+        ("compatibility:\nsameport\n\ndraft-5.05 # as well", "compatibility: sameport draft-5.05"),
+        ("cpu.mask.io:\n0\n1", "cpu.mask.io: 0 1"),
+        ("socks pass { from: 0/0 to: 0/0\nsession.throttle:\n5\n/\n10 }",
+         "socks pass { from: 0/0 to: 0/0\nsession.throttle: 5/10 }"),
+        ("socks pass { from: 0/0 to: 0/0\nudp.portrange:\n5\n-\n10 }",
+         "socks pass { from: 0/0 to: 0/0\nudp.portrange: 5-10 }"),
+        ("monitor { from: 0/0 to: 0/0\nalarm.data:\n5\nin\n10 }",
+         "monitor { from: 0/0 to: 0/0\nalarm.data: 5 in 10 }"),
+        ("monitor { from: 0/0 to: 0/0\nalarm.disconnect:\n5\n/\n10\nin\n2 }",
+         "monitor { from: 0/0 to: 0/0\nalarm.disconnect: 5/10 in 2 }"),
+    ],
+)  # fmt: skip
+def test_parse_reads_on_in_the_next_line_where_danted_does(spread: str, joined: str) -> None:
+    first, second = (good(BASE + text + "\n")._replace(uses=()) for text in (spread, joined))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("timeout.io: 4294967296", sockd.MAX_SECONDS),
+        ("timeout.io: 9223372036854775807", sockd.MAX_SECONDS),
+    ],
+)
+def test_parse_cuts_a_number_that_is_larger_than_matters(line: str, expected: int) -> None:
+    assert settings(line).timeouts.io_tcp == expected
+
+
+def test_parse_cuts_limits_that_are_larger_than_matters() -> None:
+    limits = rule("session.max: 9223372036854775807\nsession.throttle: 4294967296/4294967296").session
+    assert (limits.max, limits.throttle) == (sockd.MAX_OPTION, (sockd.MAX_OPTION, sockd.MAX_OPTION))
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines", "expected"),
+    [
+        ("", "user: bob command: connect bindreply", []),
+        ("srchost: checkreplyauth", "user: bob command: connect bind", []),
+        ("srchost: checkreplyauth\nclientmethod: rfc931", "user: bob command: connect bindreply", []),
+        ("srchost: checkreplyauth", "user: bob command: connect bindreply",
+         ['this rule asks for a user, but clientmethod "none" does not tell one']),
+        ("srchost: checkreplyauth", "group: wheel command: bind bindreply",
+         ['this rule asks for a user, but clientmethod "none" does not tell one']),
+        ("clientmethod: rfc931", "user: bob command: bindreply udpreply",
+         ["a UDP reply comes from no user"]),
+    ],
+)  # fmt: skip
+def test_parse_knows_which_replies_can_come_from_a_user(
+    settings: str, lines: str, expected: list[str]
+) -> None:
+    rule = f"socks pass {{ from: 0/0 to: 0/0\nsocksmethod: username\n{lines}\n}}\n"
+    assert texts(BASE + settings + "\n" + rule, "error") == expected
 
 
 @pytest.mark.parametrize(

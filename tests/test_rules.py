@@ -270,6 +270,28 @@ def test_unknown_target_is_blocked_only_by_a_rule_that_covers_everything() -> No
 
 
 @pytest.mark.parametrize(
+    ("families", "target", "expected"),
+    [
+        ({4}, "0.0.0.0/0", ("block", 1)),
+        ({4}, "0.0.0.0/0 port != 53", ("pass", 2)),
+        ({4}, "0.0.0.0/1", ("pass", 2)),
+        ({4}, "::/0", ("pass", 2)),
+        ({6}, "::/0", ("block", 1)),
+        ({6}, "0.0.0.0/0", ("pass", 2)),
+        ({4, 6}, "0.0.0.0/0", ("pass", 2)),
+        ({4, 6}, "::/0", ("pass", 2)),
+    ],
+)
+def test_every_address_of_the_only_family_is_every_target(
+    families: set[int], target: str, expected: tuple[str, int]
+) -> None:
+    facts = request("192.0.2.1")._replace(
+        command="udpassociate", protocol="udp", target=None, families=frozenset(families)
+    )
+    assert verdict(f"socks block {{ from: 0/0 to: {target}\n}}\n" + PASS_ALL, facts) == expected
+
+
+@pytest.mark.parametrize(
     ("settings", "line", "identity", "found"),
     [
         ("socksmethod: username none", "", Identity(method="none"), ("pass", 1, "none")),
