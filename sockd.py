@@ -105,6 +105,11 @@ METHODS = (
 )  # fmt: skip
 METHOD_OF_BYTE = {0: "none", 1: "gssapi", 2: "username"}  # RFC 1928 section 3
 NO_ACCEPTABLE_METHOD = 0xFF
+# RFC 1961 section 4.2; 0 is NEC's and Dante's.
+PROTECTIONS = ("clear", "integrity", "confidentiality", "per-message")
+# As Dante: in the clear only where the configuration says so, as RFC 1961 does not have it.
+DEFAULT_PROTECTIONS = ("integrity", "confidentiality")
+ANY_SERVICE = "GSS_C_NO_NAME"  # As Dante: a gssapi.servicename for every key of the key table
 # What can be asked of a client before it has said a word (sockd.conf(5), clientmethod).
 CLIENT_METHODS = frozenset({"none", "rfc931", "pam.address", "pam.any"})
 # These tell who the client is; the others only that it may pass.
@@ -321,7 +326,7 @@ class Gssapi(NamedTuple):
     """`gssapi.*` and `clientcompatibility` of a rule or route."""
 
     servicename: str = "rcmd"
-    keytab: str = "FILE:/etc/sockd.keytab"
+    keytab: str = "FILE:/etc/sockd.keytab"  # in a route, "" is where Kerberos itself looks for tickets
     enctypes: tuple[str, ...] = ()
     nec: bool = False
 
@@ -398,6 +403,13 @@ class Route(NamedTuple):
     gssapi: Gssapi = Gssapi()
     extension_bind: bool = False
     socket_options: tuple[SocketOption, ...] = ()
+
+
+class UpstreamService(NamedTuple):
+    """An upstream to GSS-API: what to call it, and the key table that says who we are."""
+
+    name: str  # SERVICE@HOST, or a principal
+    keytab: str
 
 
 class Step(NamedTuple):
@@ -705,7 +717,6 @@ NEEDS_UPNP = "it needs a UPnP library"
 # A value stands behind its keyword; a name that ends in a dot stands for all that begin so.
 UNSUPPORTED = {
     "extension": NOT_YET,
-    "method: gssapi": NOT_YET,
     "bsdauth.stylename": NEEDS_OPENBSD,
     "hostid": NEEDS_HOSTID,
     "hostid block": NEEDS_HOSTID,
@@ -2942,13 +2953,45 @@ def check_route_commands(parser: Parser, draft: Draft, route: Route) -> None:
 
 def finish_hop(gateways: tuple[tuple[str, Endpoint | None], ...], settings: dict[str, Any]) -> Hop:
     """Build a hop and fill in what the file leaves out."""
-    protocols = settings.pop("proxyprotocols", DEFAULT_PROXYPROTOCOLS)
     # Whoever gives a password wants to be asked for it.
     methods = settings.pop("methods", ("username",) if "credentials_file" in settings else ("none",))
+    default = ("socks_v5",) if "gssapi" in methods else DEFAULT_PROXYPROTOCOLS
+    protocols = settings.pop("proxyprotocols", default)
     port = HTTP_PORT if protocols == {"http"} else SOCKS_PORT
     upstreams = tuple(e if e.port else e._replace(port=port) for _, e in gateways if e)
     ordered = tuple(name for name in PROXY_PROTOCOLS if name in protocols)
     return Hop(upstreams, ordered, methods, **settings)
+
+
+def find_gssapi_faults_of(route: Route, hop: Hop) -> Iterator[tuple[str, str, str]]:
+    """Yield (keyword, fault, hint) for what a route asks of GSS-API and cannot have."""
+    settings = route.gssapi
+    if hop.proxyprotocols != ("socks_v5",):
+        yield "method", 'method "gssapi" needs proxyprotocol socks_v5, and no other beside it', ""
+    if settings.servicename.upper() == ANY_SERVICE:
+        yield "gssapi.servicename", "a proxy has to be asked for by name", ""
+    elif "/" not in settings.servicename and any(upstream.family for upstream in hop.upstreams):
+        # Unlike Dante, which believes DNS when it says what name an address has.
+        hint = 'write "via" with its host name, or a gssapi.servicename like "rcmd/proxy.example.com"'
+        yield "method", "Kerberos knows proxies by name, and this one has an address only", hint
+    if "per-message" in settings.enctypes:
+        yield "gssapi.enctype", "a route protects all messages alike, and not each as one likes it", ""
+    if len(route.hops) > 1 and "udpassociate" in route.commands:
+        yield "method", "with several hops, datagrams cannot be protected by gssapi", ""
+
+
+def check_gssapi(parser: Parser, draft: Draft, route: Route) -> None:
+    """Check that the proxies of a route can be spoken to by GSS-API as the file says."""
+    hops = [hop for hop in route.hops if "gssapi" in hop.methods]
+    if not hops:
+        for name in ("gssapi.servicename", "gssapi.keytab", "gssapi.enctype", "clientcompatibility"):
+            if name in draft.places:
+                parser.warn(f'"{name}" has no effect in a route without method gssapi', draft.places[name])
+    if len(hops) > 1:
+        parser.error("only one hop of a route can have method gssapi", draft.places["method"])
+    for hop in hops:
+        for keyword, fault, hint in find_gssapi_faults_of(route, hop):
+            parser.error(fault, draft.places[keyword], hint)
 
 
 def merge_settings(above: dict[str, Any], below: dict[str, Any]) -> dict[str, Any]:
@@ -2990,12 +3033,13 @@ def finish_route(parser: Parser, draft: Draft, number: int) -> Route:
     values.setdefault("protocols", frozenset({"tcp", "udp"} if asks_udp else {"tcp"}))
     values["extension_bind"] = "bind" in values.pop("extension", ())
     values["redirect"] = finish_redirect(draft)
-    values["gssapi"] = Gssapi(**draft.group("gssapi"))
+    values["gssapi"] = Gssapi(**{"keytab": "", **draft.group("gssapi")})
     route = Route(number, hops=hops, position=draft.position, **values)
     for hop in hops:
         check_hop(parser, draft, hop)
     if hops:
         check_route_commands(parser, draft, route)
+    check_gssapi(parser, draft, route)
     return route
 
 
@@ -3520,7 +3564,7 @@ def expand_routes(routes: Iterable[Route]) -> tuple[Path, ...]:
 def can_log_in(step: Step, identity: Identity) -> bool:
     """Tell whether a client of this identity can be announced to an upstream as its route wants it."""
     methods = step.hop.methods
-    if "none" in methods or step.hop.credentials is not None:
+    if "none" in methods or "gssapi" in methods or step.hop.credentials is not None:
         return True
     return "username" in methods and identity.method == "username"
 
@@ -3781,8 +3825,27 @@ def redirected_sources(
 PASSWORD_METHODS = frozenset({"username", "pam.username", "bsdauth"})
 
 
+def name_service(route: Route, upstream: Endpoint) -> UpstreamService:
+    """Return what an upstream of a route is to GSS-API."""
+    name = route.gssapi.servicename
+    # As Dante: with a slash it is a principal, else a service on the upstream's host.
+    return UpstreamService(name if "/" in name else f"{name}@{upstream.host}", route.gssapi.keytab)
+
+
+def list_services(config: Config) -> frozenset[UpstreamService]:
+    """Return all the upstreams that we log in to by GSS-API."""
+    return frozenset(
+        name_service(route, upstream)
+        for route in config.routes
+        for hop in route.hops
+        for upstream in hop.upstreams
+        if "gssapi" in hop.methods
+    )
+
+
 def needs_gssapi(config: Config) -> bool:
-    return any("gssapi" in rule.socksmethods for rule in config.client_rules)
+    accepts = any("gssapi" in rule.socksmethods for rule in config.client_rules)
+    return accepts or bool(list_services(config))
 
 
 def rule_methods(rule: Rule) -> tuple[str, ...]:
@@ -4053,17 +4116,16 @@ GSSAPI_TOKEN, GSSAPI_LEVEL, GSSAPI_DATA = 1, 2, 3  # MTYP
 GSSAPI_ABORT = b"\x01\xff"  # RFC 1961 section 3.8: this message has no more
 GSSAPI_HEAD = struct.Struct("!BBH")
 GSSAPI_MAX = 65535  # bytes in a token
-PROTECTIONS = ("clear", "integrity", "confidentiality", "per-message")  # section 4.2; 0 is NEC's and Dante's
 
 
-def decode_gssapi(data: Octets, kind: int) -> tuple[bytes, int] | None:
+def decode_gssapi(data: Octets, kind: int, sender: str = "client") -> tuple[bytes, int] | None:
     """Decode the token of a message of RFC 1961 that has to be of this MTYP."""
     if data and data[0] != GSSAPI_VERSION:
-        raise ProtocolError(f"unknown version on gssapi packet from client: {data[0]}")
+        raise ProtocolError(f"unknown version on gssapi packet from {sender}: {data[0]}")
     if len(data) > 1 and data[1] == GSSAPI_ABORT[1]:
-        raise ProtocolError("client has aborted the gssapi exchange")
+        raise ProtocolError(f"{sender} has aborted the gssapi exchange")
     if len(data) > 1 and data[1] != kind:
-        raise ProtocolError(f"unexpected type on gssapi packet from client: {data[1]}, not {kind}")
+        raise ProtocolError(f"unexpected type on gssapi packet from {sender}: {data[1]}, not {kind}")
     if len(data) < GSSAPI_HEAD.size:
         return None
     end = GSSAPI_HEAD.size + (data[2] << 8 | data[3])
@@ -4080,6 +4142,14 @@ def decode_gssapi_level(data: Octets) -> tuple[bytes, int] | None:
 
 def decode_gssapi_data(data: Octets) -> tuple[bytes, int] | None:
     return decode_gssapi(data, GSSAPI_DATA)
+
+
+def decode_upstream_token(data: Octets) -> tuple[bytes, int] | None:
+    return decode_gssapi(data, GSSAPI_TOKEN, "proxy server")
+
+
+def decode_upstream_level(data: Octets) -> tuple[bytes, int] | None:
+    return decode_gssapi(data, GSSAPI_LEVEL, "proxy server")
 
 
 def encode_gssapi(kind: int, token: bytes) -> bytes:
@@ -5295,6 +5365,11 @@ GSS_CALLS: dict[str, tuple[Any, ...]] = {
     "gss_import_name": (GSS_BUFFER, ctypes.c_void_p, GSS_HANDLE),
     "gss_import_sec_context": (GSS_BUFFER, GSS_HANDLE),
     "gss_indicate_mechs": (GSS_HANDLE,),
+    "gss_init_sec_context": (
+        ctypes.c_void_p, GSS_HANDLE, ctypes.c_void_p, ctypes.POINTER(GssOid), ctypes.c_uint32,
+        ctypes.c_uint32, ctypes.c_void_p, GSS_BUFFER, ctypes.c_void_p, GSS_BUFFER, GSS_NUMBER,
+        ctypes.c_void_p,
+    ),
     "gss_release_buffer": (GSS_BUFFER,),
     "gss_release_cred": (GSS_HANDLE,),
     "gss_release_name": (GSS_HANDLE,),
@@ -5309,12 +5384,14 @@ GSS_ERROR_BITS = 0xFFFF0000  # of a major status; the others are news of a succe
 GSS_DUPLICATE, GSS_OLD, GSS_UNSEQUENCED, GSS_GAP = 2, 4, 8, 16
 GSS_CONTINUE_NEEDED = 1
 GSS_GSS_CODE, GSS_MECH_CODE = 1, 2
-GSS_ACCEPT = 2
+GSS_INITIATE, GSS_ACCEPT = 1, 2
+GSS_MUTUAL, GSS_REPLAY, GSS_SEQUENCE, GSS_CONFIDENTIAL, GSS_SIGNED = 2, 4, 8, 16, 32
+# RFC 1961 section 3.1, and what makes confidentiality possible.  As Dante: no credential is delegated.
+GSS_WISHES = GSS_MUTUAL | GSS_REPLAY | GSS_SEQUENCE | GSS_CONFIDENTIAL | GSS_SIGNED
 GSS_INDEFINITE = 0xFFFFFFFF
 KERBEROS = b"\x2a\x86\x48\x86\xf7\x12\x01\x02\x02"  # 1.2.840.113554.1.2.2, RFC 1964
 PROFILE_MARK = b"\xaa\xca\x60\x12"  # PROF_MAGIC_PROFILE, prof_err.h
 MOST_PROFILES = 64
-ANY_SERVICE = "GSS_C_NO_NAME"  # As Dante: a gssapi.servicename for every key of the key table
 
 
 class GssError(SockdError):
@@ -5423,20 +5500,16 @@ def import_service(service: str) -> ctypes.c_void_p:
     return name
 
 
-def acquire_service(service: str, keytab: str) -> ctypes.c_void_p:
-    """Return a credential to accept Kerberos contexts with, which the caller releases; GssError."""
+def acquire_credential(name: ctypes.c_void_p | None, use: int, **store: str) -> ctypes.c_void_p:
+    """Return a credential of Kerberos from a store (krb5's gss_acquire_cred_from); GssError."""
     credential = ctypes.c_void_p()
-    element = GssElement(b"keytab", keytab.encode(WIRE_TEXT))
+    elements = [GssElement(key.encode("ascii"), value.encode(WIRE_TEXT)) for key, value in store.items()]
     mechanism = GssOid(len(KERBEROS), KERBEROS)
-    name = import_service(service)
-    try:
-        call_gss(
-            "gss_acquire_cred_from", name, GSS_INDEFINITE, GssOidSet(1, ctypes.pointer(mechanism)),
-            GSS_ACCEPT, GssStore(1, ctypes.pointer(element)), credential, None, None,
-        )  # fmt: skip
-        return credential
-    finally:
-        call_gss("gss_release_name", name)
+    call_gss(
+        "gss_acquire_cred_from", name, GSS_INDEFINITE, GssOidSet(1, ctypes.pointer(mechanism)), use,
+        GssStore(len(elements), (GssElement * len(elements))(*elements)), credential, None, None,
+    )  # fmt: skip
+    return credential
 
 
 def strip_profile(exported: bytes) -> bytes:
@@ -5464,7 +5537,7 @@ def accept_context(service: str, keytab: str, token: bytes) -> tuple[bytes, byte
 
     What the calls leave allocated here ends with the process.
     """
-    credential = acquire_service(service, keytab)
+    credential = acquire_credential(import_service(service), GSS_ACCEPT, keytab=keytab)
     context, source = ctypes.c_void_p(), ctypes.c_void_p()
     output, name, exported, flags = GssBuffer(), GssBuffer(), GssBuffer(), ctypes.c_uint32()
     major = call_gss(
@@ -5476,6 +5549,49 @@ def accept_context(service: str, keytab: str, token: bytes) -> tuple[bytes, byte
     call_gss("gss_display_name", source, name, None)
     call_gss("gss_export_sec_context", context, exported)
     return take_buffer(output), take_buffer(name), strip_profile(take_buffer(exported))
+
+
+class Initiation:
+    """A context with an upstream that is being established.
+
+    What its calls leave allocated here ends with the process.
+    """
+
+    def __init__(self, service: UpstreamService) -> None:
+        """Take up our credential: what the key table says, or what Kerberos has by default; GssError."""
+        self.name = import_service(service.name)
+        self.context = ctypes.c_void_p()
+        self.credential = None
+        if service.keytab:
+            # In memory, for the default cache may hold another one's tickets.
+            store = {"client_keytab": service.keytab, "ccache": "MEMORY:sockd"}
+            self.credential = acquire_credential(None, GSS_INITIATE, **store)
+
+    def step(self, token: bytes) -> tuple[int, bytes, int]:
+        """Take the upstream's token, b"" at first; return (major status, our token, flags).  GssError."""
+        output, flags = GssBuffer(), ctypes.c_uint32()
+        mechanism = GssOid(len(KERBEROS), KERBEROS)
+        major = call_gss(
+            "gss_init_sec_context", self.credential, self.context, self.name, mechanism, GSS_WISHES, 0, None,
+            give_buffer(token) if token else None, None, output, flags, None,
+        )  # fmt: skip
+        return major, take_buffer(output), flags.value
+
+    def begin(self) -> bytes:
+        """Return the token to begin with; GssError."""
+        _, token, _ = self.step(b"")
+        if not 0 < len(token) <= GSSAPI_MAX:
+            raise GssError(f"our token has {describe_count(len(token), 'byte')}")
+        return token
+
+    def finish(self, token: bytes) -> bytes:
+        """Return the context for export once an upstream has proved who it is; GssError."""
+        major, _, flags = self.step(token)
+        if major & GSS_CONTINUE_NEEDED or flags & GSS_WISHES != GSS_WISHES:
+            raise GssError("the proxy server does not let us know who it is, or protect what we say")
+        exported = GssBuffer()
+        call_gss("gss_export_sec_context", self.context, exported)
+        return strip_profile(take_buffer(exported))
 
 
 LIBWRAP = "libwrap.so.0"
@@ -6176,6 +6292,7 @@ class Favour(enum.IntEnum):
     WRAP = 7  # (hosts_access, client or socks, number of the rule; a connection) -> ("" or why not)
     ACCEPT = 8  # (number of the client-rule, token) -> ("" or why not, token, principal, context)
     OPTION = 9  # (number in list_options; a socket) -> ("" or why it could not be set)
+    INITIATE = 10  # (an UpstreamService) -> ("" or why not, token); (its token) -> ("" or why not, context)
 
 
 class Account(NamedTuple):
@@ -6404,9 +6521,52 @@ FAVOUR_FIELDS: dict[Favour, tuple[Callable[[bytes], None], ...]] = {
     Favour.WRAP: (check_text, check_digits),
     Favour.ACCEPT: (check_digits, check_token),
     Favour.OPTION: (check_digits,),
+    Favour.INITIATE: (check_token, check_token),
 }
 # How many descriptors come with a question, the socket for the answer among them, where it is not alone.
 FAVOUR_DESCRIPTORS = {Favour.WRAP: 2, Favour.OPTION: 2}
+
+
+class HelperFailed(SockdError):
+    """A helper cannot be asked, or has died over the question."""
+
+
+class HelperLate(DeadlinePassed):
+    """A helper has not answered in time."""
+
+
+class Dialogue:
+    """A question under way.  Its owner closes it."""
+
+    def __init__(self, favour: Favour, ours: socket.socket) -> None:
+        self.purpose = favour.name.lower()
+        self.ours = ours
+
+    def __enter__(self) -> Dialogue:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ours.close()
+
+    def hear(self, seconds: float) -> tuple[list[bytes], list[int]]:
+        """Return an answer and the descriptors with it; DeadlinePassed, HelperFailed."""
+        self.ours.settimeout(seconds)
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self.ours, MAX_TOKEN_MESSAGE_BYTES, 1)
+        except TimeoutError:
+            raise HelperLate(f"no answer to {self.purpose} within {seconds:.0f} seconds") from None
+        except OSError as error:
+            raise HelperFailed(f"cannot ask to {self.purpose}: {error.strerror}") from None
+        if not data:
+            raise HelperFailed(f"the process asked to {self.purpose} has died")
+        return decode_message(data)[1], descriptors
+
+    def tell(self, *fields: bytes) -> None:
+        """Add to a question what an answer has asked for; HelperFailed."""
+        try:
+            self.ours.send(encode_message(0, fields))
+        except OSError as error:
+            raise HelperFailed(f"cannot ask to {self.purpose}: {error.strerror}") from None
 
 
 class Channel:
@@ -6421,32 +6581,28 @@ class Channel:
         """Return the answer to a question and the descriptors that came with it, which the caller owns.
 
         `passed` are descriptors to show to the helper, which gets copies.  DeadlinePassed when it takes
-        longer than `seconds`; SockdError when the helper died over it, or no descriptor is left to ask with.
+        longer than `seconds`; HelperFailed when the helper died over it, or no descriptor is left.
         """
-        try:
-            for check, field in zip(FAVOUR_FIELDS[favour], fields, strict=True):
-                check(field)  # here, so that no hostile name makes a helper take us for hijacked
-            return self._ask(favour, fields, seconds, passed)
-        except OSError as error:
-            raise SockdError(f"cannot ask to {favour.name.lower()}: {error.strerror}") from None
+        with self.begin(favour, fields, seconds, *passed) as dialogue:
+            return dialogue.hear(seconds)
 
-    def _ask(
-        self, favour: Favour, fields: Sequence[bytes], seconds: float, passed: tuple[int, ...]
-    ) -> tuple[list[bytes], list[int]]:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours:
+    def begin(self, favour: Favour, fields: Sequence[bytes], seconds: float, *passed: int) -> Dialogue:
+        """Ask, as `ask` does, and return where the answers will be heard."""
+        for check, field in zip(FAVOUR_FIELDS[favour], fields, strict=True):
+            check(field)  # here, so that no hostile name makes a helper take us for hijacked
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise HelperFailed(f"cannot ask to {favour.name.lower()}: {error.strerror}") from None
+        try:
             with theirs:
                 self._send(encode_message(favour, fields), (theirs.fileno(), *passed), seconds)
-            ours.settimeout(seconds)
-            try:
-                data, descriptors, _, _ = socket.recv_fds(ours, MAX_TOKEN_MESSAGE_BYTES, 1)
-            except TimeoutError:
-                raise DeadlinePassed(
-                    f"no answer to {favour.name.lower()} within {seconds:.0f} seconds"
-                ) from None
-            if not data:
-                raise SockdError(f"the process asked to {favour.name.lower()} has died")
-            return decode_message(data)[1], descriptors
+            return Dialogue(favour, ours)
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, OSError):
+                raise HelperFailed(f"cannot ask to {favour.name.lower()}: {error.strerror}") from None
+            raise
 
     def _send(self, message: bytes, descriptors: tuple[int, ...], seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -6480,6 +6636,14 @@ class Question(NamedTuple):
                 self.answer.sendmsg([encode_message(0, fields)], ancillary, socket.MSG_DONTWAIT)
             except OSError:
                 pass
+
+    def consult(self, fields: Sequence[bytes]) -> bytes:
+        """Answer, and return what the asker adds to its question; OSError, ProtocolError if it has gone."""
+        self.answer.sendmsg([encode_message(0, fields)], [], socket.MSG_DONTWAIT)
+        _, added = decode_message(self.answer.recv(MAX_TOKEN_MESSAGE_BYTES))
+        if len(added) != 1:
+            raise ProtocolError("not one field more")
+        return added[0]
 
 
 class InboxEnded(SockdError):
@@ -8350,7 +8514,7 @@ class UdpRelay:
 UPSTREAM_SECONDS = 60.0  # when timeout.connect is 0: who accepts a connection may still say nothing
 NO_ROUTE = "could not bind address to use on external side: no usable serverchain route to target found"
 NO_UPSTREAM_COMMAND = "command {} is not supported by serverchaining and no direct route found"
-LOGIN_BYTES = {"none": 0, "username": 2}
+LOGIN_BYTES = {"none": 0, "gssapi": 1, "username": 2}
 HTTP_LOGIN_WANTED = 407  # RFC 9110 section 15.5.8
 
 # As Dante: what a client is told of an upstream's reply, and what the log says.
@@ -8375,6 +8539,10 @@ class UpstreamRefused(Refused):
 
 class LoginRefused(SockdError):
     """An upstream does not take us as who we say we are."""
+
+
+class NoTicket(SockdError):
+    """We cannot log in to an upstream, which is not its fault."""
 
 
 class PathFailed(SockdError):
@@ -8410,6 +8578,8 @@ class PathFailed(SockdError):
 class UpstreamStream(Stream):
     """A connection to an upstream, and through it to the next ones, until the last has answered."""
 
+    seal: Seal | None = None  # where GSS-API protects it
+
     def __init__(self, connection: socket.socket, client: int) -> None:
         super().__init__(connection)
         self.client = client  # descriptor: a reset by the client ends all waiting
@@ -8429,12 +8599,44 @@ class UpstreamStream(Stream):
         data = self.connection.recv(READ_BYTES)
         if not data:
             raise ProtocolError("premature eof from proxy server while waiting for response")
+        self.add(data)
+
+    def add(self, data: bytes) -> None:
+        """Add to `pending` what has been received; ProtocolError."""
         self.pending += data
+
+    def unseal(self) -> None:
+        """Free what protects the connection, when nothing more will be said."""
+        if self.seal is not None:
+            self.seal.close()
 
     def ask(self, message: bytes, decode: Callable[[bytearray], tuple[T, int] | None], deadline: float) -> T:
         """Send a message and return its answer."""
         self.send(message, deadline)
         return self.read_message(decode, deadline)
+
+
+class SealedUpstreamStream(UpstreamStream):
+    """An UpstreamStream from where on messages are protected: `pending` is what was in them."""
+
+    def __init__(self, stream: UpstreamStream, seal: Seal) -> None:
+        """Go on where a stream stands; what is pending there is sealed already.  ProtocolError."""
+        super().__init__(stream.connection, stream.client)
+        self.seal: Seal = seal
+        self.add(bytes(stream.pending))
+
+    def add(self, data: bytes) -> None:
+        try:
+            self.pending += self.seal.open(data)
+        except SealBroken as error:
+            raise ProtocolError(f"{error}, from proxy server") from None
+
+    def send(self, data: bytes, deadline: float) -> None:
+        try:
+            sealed = self.seal.seal(data)
+        except GssError as error:
+            raise ProtocolError(str(error)) from None
+        super().send(sealed, deadline)
 
 
 class Errand(NamedTuple):
@@ -8444,6 +8646,7 @@ class Errand(NamedTuple):
     target: Endpoint
     addresses: tuple[Endpoint, ...] = ()  # all that the name in target resolved to
     login: Credentials | None = None  # the client's own, for routes that pass them on
+    warden: Channel | None = None  # asked for tickets
 
     def target_by(self, path: Path) -> Endpoint:
         """Return the target as it is named to the last upstream.
@@ -8468,6 +8671,11 @@ class Way(NamedTuple):
     bound: Endpoint  # the upstream's address towards the target
     stream: UpstreamStream  # pending: what has come behind the reply already
 
+    def side(self) -> Side:
+        """Return the side of a relay that the path leads to."""
+        seal, title = self.stream.seal, "remote peer"
+        return SealedSide(self.connection, title, seal) if seal else Side(self.connection, title)
+
     def describe(self, target: Endpoint) -> str:
         """Return the far side for the log.  As Dante: LOCAL PROXY [BOUND] TARGET."""
         local = endpoint_of(self.connection.getsockname(), self.connection.family)
@@ -8475,10 +8683,13 @@ class Way(NamedTuple):
         return f"{local} {proxies} [{describe_endpoint(self.bound)}] {describe_endpoint(target)}"
 
 
-def log_in(stream: UpstreamStream, step: Step, login: Credentials | None, deadline: float) -> None:
-    """Agree with an upstream on a method of SOCKS 5, and log in if it asks for that; LoginRefused."""
+def log_in(stream: UpstreamStream, step: Step, login: Credentials | None, deadline: float) -> int:
+    """Agree with an upstream on a method of SOCKS 5, and give the password if it asks for that.
+
+    Return the method; LoginRefused.
+    """
     credentials = step.hop.credentials or login
-    usable = ("none", "username") if credentials else ("none",)
+    usable = ("none", "gssapi", "username") if credentials else ("none", "gssapi")
     offered = [LOGIN_BYTES[method] for method in step.hop.methods if method in usable]
     method = stream.ask(encode_greeting(offered), decode_method, deadline)
     if method == NO_ACCEPTABLE_METHOD:
@@ -8486,10 +8697,70 @@ def log_in(stream: UpstreamStream, step: Step, login: Credentials | None, deadli
     if method not in offered:
         raise ProtocolError(f"proxy server selected method {method}, which we did not offer")
     if credentials is None or method != LOGIN_BYTES["username"]:
-        return
+        return method
     message = encode_password(credentials.user, credentials.password)
     if not stream.ask(message, decode_password_status, deadline):
         raise LoginRefused("proxy server did not accept the user name and password")
+    return method
+
+
+def establish_context(
+    stream: UpstreamStream, service: UpstreamService, warden: Channel, deadline: float
+) -> SecurityContext:
+    """Return the context that the warden and an upstream have established; NoTicket, LoginRefused.
+
+    Tickets and keys stay with the warden: what comes from there is good for this one connection.
+    """
+    fields = [text.encode(WIRE_TEXT) for text in service]
+
+    def hear(kind: type[SockdError]) -> bytes:
+        (fault, *found), _ = dialogue.hear(max(0.001, deadline - time.monotonic()))
+        if fault or len(found) != 1:
+            raise kind(fault.decode("utf-8", "replace"))
+        return found[0]
+
+    try:
+        with warden.begin(Favour.INITIATE, fields, max(0.001, deadline - time.monotonic())) as dialogue:
+            ours = encode_gssapi(GSSAPI_TOKEN, hear(NoTicket))
+            dialogue.tell(stream.ask(ours, decode_upstream_token, deadline))
+            return SecurityContext(hear(LoginRefused))
+    except (HelperFailed, HelperLate) as error:
+        raise NoTicket(str(error)) from None
+
+
+def agree_on_protection(
+    stream: UpstreamStream, context: SecurityContext, settings: Gssapi, deadline: float
+) -> int:
+    """Return the level of PROTECTIONS that an upstream takes and the route allows; LoginRefused, GssError."""
+    allowed = settings.enctypes or DEFAULT_PROTECTIONS
+    # As Dante: the best that the route allows is asked for, and whatever it allows may be the answer.
+    wish = bytes((max(map(PROTECTIONS.index, allowed)),))
+    asked = encode_gssapi(GSSAPI_LEVEL, wish if settings.nec else context.wrap(wish, 0))
+    token = stream.ask(asked, decode_upstream_level, deadline)
+    answer = token if settings.nec else context.unwrap(token)[0]
+    chosen = PROTECTIONS[answer[0]] if len(answer) == 1 and answer[0] < len(PROTECTIONS) else "unknown"
+    if chosen not in allowed:
+        raise LoginRefused(f"gssapi protection of proxy server is {chosen}, and not {' or '.join(allowed)}")
+    return answer[0]
+
+
+def protect(
+    stream: UpstreamStream, service: UpstreamService, settings: Gssapi, warden: Channel, deadline: float
+) -> UpstreamStream:
+    """Log in to an upstream by GSS-API (RFC 1961); return the stream from there on.  LoginRefused."""
+    try:
+        context = establish_context(stream, service, warden, deadline)
+        try:
+            level = agree_on_protection(stream, context, settings, deadline)
+            if level:
+                return SealedUpstreamStream(stream, Seal(context, level))
+        except BaseException:
+            context.close()
+            raise
+        context.close()
+        return stream
+    except GssError as error:
+        raise LoginRefused(str(error)) from None
 
 
 def decode_upstream_reply(data: bytearray) -> tuple[tuple[Reply, Endpoint], int] | None:
@@ -8558,23 +8829,37 @@ class Walk:
         self.share = share  # until then each upstream must have shown that it lives
         self.end = end  # until then the last one may take for the target
 
-    def run(self) -> Endpoint:
-        """Return the address that the last upstream uses; PathFailed, PeerGone."""
+    def run(self, connection: socket.socket) -> Way:
+        """Return the open path; PathFailed, PeerGone."""
         bound = UNSPECIFIED
-        for number, step in enumerate(self.path.steps):
-            self._log_in(step)
-            bound = self._request(number, step)
-        return bound
+        try:
+            for number, step in enumerate(self.path.steps):
+                self._log_in(step)
+                bound = self._request(number, step)
+        except BaseException:
+            self.stream.unseal()
+            raise
+        return Way(self.path, connection, bound, self.stream)
 
     def _log_in(self, step: Step) -> None:
         blamed = (step.upstream, step.protocol)
         try:
             if step.protocol == "socks_v5":
-                log_in(self.stream, step, self.errand.login, self.share)
+                method = log_in(self.stream, step, self.errand.login, self.share)
+                if METHOD_OF_BYTE[method] == "gssapi":
+                    self._protect(step)
         except LoginRefused as refusal:
             raise PathFailed(str(refusal), blamed=self._blame_for_login(step)) from None
+        except NoTicket as fault:
+            raise PathFailed(str(fault), Reply.FAILURE) from None
         except (DeadlinePassed, ProtocolError, OSError) as error:
             raise PathFailed(describe_fault(error), blamed=blamed) from None
+
+    def _protect(self, step: Step) -> None:
+        route, warden = self.path.route, self.errand.warden
+        assert warden is not None
+        service = name_service(route, step.upstream)
+        self.stream = protect(self.stream, service, route.gssapi, warden, self.share)
 
     def _blame_for_login(self, step: Step) -> tuple[Endpoint, str] | None:
         # A client with a wrong password must not close the route for everybody.
@@ -8713,6 +8998,7 @@ class Association(NamedTuple):
     path: Path
     controls: tuple[socket.socket, ...]
     relays: tuple[Endpoint, ...]  # the first one is sent to, the others stand in headers
+    seal: Seal | None  # where GSS-API protects datagrams
     leave: Callable[[], None]  # called once it is closed
 
     def is_over(self) -> bool:
@@ -8752,8 +9038,20 @@ class UpstreamUdp(socket.socket):
         literal = find_literal(host)
         target = literal._replace(port=port) if literal else Endpoint(host, port, 0)
         headers = b"".join(map(encode_udp_header, (*self.association.relays[1:], target)))
-        self.send(headers + data)
+        self.send(self._seal(headers + data))
         return len(data)
+
+    def _seal(self, datagram: bytes) -> bytes:
+        """Return a datagram as the first upstream is to get it; OSError."""
+        seal = self.association.seal
+        if seal is None:
+            return datagram
+        if len(datagram) > seal.room:
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        try:
+            return seal.seal(datagram)
+        except GssError as error:
+            raise OSError(errno.EBADMSG, str(error)) from None
 
     def _associate(self) -> None:
         try:
@@ -8769,15 +9067,17 @@ class UpstreamUdp(socket.socket):
 
     def recvfrom(self, size: int, flags: int = 0) -> tuple[bytes, tuple]:  # type: ignore[type-arg]
         """Return a datagram and its sender; OSError also for one that is not as it should be."""
-        data = self.recv(size, flags)
+        data, seal = self.recv(size, flags), self.association.seal
         try:
+            if seal is not None:
+                data = seal.open_datagram(data)
             for relay in self.association.relays[1:]:
                 sender, used = decode_udp(data)
                 if sender != relay:
                     raise ProtocolError("not from the next upstream")
                 data = data[used:]
             sender, used = decode_udp(data)
-        except ProtocolError as error:
+        except (ProtocolError, SealBroken) as error:
             raise OSError(errno.EPROTO, str(error)) from None
         if not sender.family:
             raise OSError(errno.EPROTO, "from a name")
@@ -8820,9 +9120,8 @@ def go_path(path: Path, errand: Errand, dial: Dial, client: int, share: float, e
     """Return a path that has been opened; PathFailed, PeerGone."""
     connection = dial_upstream(path, dial, share)
     try:
-        stream = UpstreamStream(connection, client)
-        bound = Walk(path, errand, stream, share, end).run()
-        return Way(path, connection, bound, stream)
+        walk = Walk(path, errand, UpstreamStream(connection, client), share, end)
+        return walk.run(connection)
     except BaseException as error:
         if isinstance(error, PathFailed):
             error.source = endpoint_of(connection.getsockname(), connection.family)
@@ -9181,7 +9480,7 @@ class Session:
         self.meter: Meter | None = None
         self.admitted: Place | None = None  # held of the client-rule's session limits
         self.places: list[Place] = []  # held of those of socks-rules
-        self.paths: list[Path] = []  # through upstreams, under way
+        self.ways: list[Way] = []  # through upstreams, under way
 
     # --- the phases ---
 
@@ -9427,8 +9726,7 @@ class Session:
         # As Dante: NEC's clients say it in the clear.
         is_nec = settings.nec and len(token) == 1
         wish = token if is_nec else context.unwrap(token)[0]
-        # As Dante: in the clear only where the rule says so, as RFC 1961 does not have it.
-        allowed = settings.enctypes or ("integrity", "confidentiality")
+        allowed = settings.enctypes or DEFAULT_PROTECTIONS
         asked = PROTECTIONS[wish[0]] if len(wish) == 1 and wish[0] < len(PROTECTIONS) else "unknown"
         if asked not in allowed:
             offer = ", ".join(f"{word.replace('-', ' ')}/{int(word in allowed)}" for word in PROTECTIONS)
@@ -9597,10 +9895,7 @@ class Session:
         for place in held:
             if self.serving.counts is not None:
                 self.serving.counts.leave(place)
-        taken, self.paths = self.paths, []
-        for path in taken:
-            if self.serving.upstreams is not None:
-                self.serving.upstreams.leave(path)
+        self.leave_paths(tuple(self.ways))
 
     def facts(self, command: str, target: Endpoint | None, addresses: tuple[Endpoint, ...] = ()) -> Facts:
         """Return the facts of this client's request."""
@@ -9756,19 +10051,20 @@ class Session:
         way = open_path(
             self.serving.upstreams,
             [path for path in paths if path.steps],
-            Errand(command, target, addresses, login),
+            Errand(command, target, addresses, login, self.serving.warden),
             lambda path, deadline: self.dial(rule, path, deadline),
             self.connection.fileno(),
             rule.timeouts.connect,
         )
-        self.paths.append(way.path)
+        self.ways.append(way)
         return way
 
     def leave_paths(self, ways: Iterable[Way]) -> None:
         """Give back the places in the balance of upstreams that open paths have held."""
         for way in ways:
-            if self.serving.upstreams is not None and way.path in self.paths:
-                self.paths.remove(way.path)
+            if self.serving.upstreams is not None and way in self.ways:
+                self.ways.remove(way)
+                way.stream.unseal()
                 self.serving.upstreams.leave(way.path)
 
     def bind_privileged(self, source: Endpoint, kind: str) -> socket.socket | None:
@@ -9876,14 +10172,14 @@ def run_relay(session: Session, records: TcpRecords, client: Side, target: Side)
     session.phase = "io"
     records.opened()
     client.peer, target.peer = target, client
-    if session.seal is not None:
-        target.may_splice = False  # what goes to the client has to be sealed
+    # What has to be sealed for one side cannot be spliced from the other.
+    client.may_splice = target.may_splice = client.may_splice and target.may_splice
     early = bytes(session.stream.pending)
     session.stream.pending.clear()
     observe = records.observer()
     if early:
         client.received = len(early)
-        target.backlog = early
+        target.keep(early)
         if observe is not None:
             observe(client, early)
     if client.backlog:  # what came from the target behind the reply of an upstream
@@ -10061,7 +10357,8 @@ class ConnectRequest:
         """Return the path from the client to a target that is connected; the session closes both ends."""
         session = self.session
         session.opened.append(connection)
-        pair = (session.client_side(), Side(connection, "remote peer"))
+        far_side = self.way.side() if self.way is not None else Side(connection, "remote peer")
+        pair = (session.client_side(), far_side)
         if self.way is None:
             self.bound = endpoint_of(connection.getsockname(), connection.family)
             far = f"{self.bound} {endpoint_of(connection.getpeername(), connection.family)}"
@@ -10439,7 +10736,7 @@ class RoutedBindRequest(BindRequest):
         """Tell the client who has come to the upstream, and move data until the end."""
         session = self.session
         session.reply(Reply.SUCCEEDED, peer)
-        client_side, peer_side = session.client_side(), Side(way.connection, "remote peer")
+        client_side, peer_side = session.client_side(), way.side()
         client_side.keep(bytes(way.stream.pending))
         near, local = session.record.side.split(" ")
         far = way._replace(bound=bound).describe(peer).split(" ")
@@ -10808,7 +11105,8 @@ class RoutedUdpRequest(UdpRequest):
             rest = f"{self.session.record.side} -> {last.describe(UNSPECIFIED)}"
             self.session.record.write("pass", self.rule, self.event, "-", rest)
         controls = tuple(way.connection for way in ways)
-        return Association(last.path, controls, relays, lambda: self.session.leave_paths(ways))
+        seal = last.stream.seal
+        return Association(last.path, controls, relays, seal, lambda: self.session.leave_paths(ways))
 
     def find_relay(self, way: Way) -> Endpoint:
         """Return where an upstream takes datagrams: at its own address.
@@ -11338,6 +11636,7 @@ WATCH_MILLISECONDS = 2000  # how often the main thread looks whether anybody wai
 DRAIN_MILLISECONDS = 200  # how often a worker without listeners looks whether its sessions have ended
 ACCEPT_PAUSE_SECONDS = 0.1  # after the system ran out of descriptors, memory or threads
 RESOLVER_THREADS = 128  # questions answered at once; more wait in the inbox
+INITIATORS = 64  # log-ins to upstreams at once; each lasts a round trip, or until timeout.connect
 VERIFIERS = 64  # password checks at once; a PAM module may sleep 2 seconds over each
 
 
@@ -11830,7 +12129,9 @@ class Warden:
     the password, ends with the child.
     """
 
-    granted = frozenset({Favour.PASSWORD, Favour.BIND, Favour.WRAP, Favour.ACCEPT, Favour.OPTION})
+    granted = frozenset(
+        {Favour.PASSWORD, Favour.BIND, Favour.WRAP, Favour.ACCEPT, Favour.OPTION, Favour.INITIATE}
+    )
 
     def __init__(
         self, config: Config, log: Log, accounts: Accounts = (None, None, None), daemon: str = "sockd"
@@ -11843,7 +12144,9 @@ class Warden:
         rules = (*config.client_rules, *config.socks_rules)
         self.methods = {method.encode() for rule in rules for method in rule_methods(rule)}
         self.services = {rule.pam_servicename.encode("latin-1") for rule in rules}
+        self.upstreams = list_services(config)
         self.children: dict[int, str] = {}  # pid -> the client's address; "" if it checks no password
+        self.initiators: set[int] = set()  # those of them that wait for what upstreams say
         self.failures = Failures()
 
     def grant(self, question: Question) -> None:
@@ -11853,7 +12156,10 @@ class Warden:
         if question.favour == Favour.OPTION:
             self.set_option(question)
             return
-        self.reap(len(self.children) >= VERIFIERS)
+        if question.favour == Favour.INITIATE:
+            self.begin_initiation(question)
+            return
+        self.reap(len(self.children) - len(self.initiators) >= VERIFIERS)
         if question.favour == Favour.ACCEPT:
             self.check(question, lambda: self.accept(question), "")
             return
@@ -11867,12 +12173,28 @@ class Warden:
             return
         self.check(question, lambda: self.answer(question, wait), host)
 
-    def check(self, question: Question, body: Callable[[], bool], host: str) -> None:
-        """Answer a question in a child; `host` is the client's address if it is about a password."""
+    def begin_initiation(self, question: Question) -> None:
+        """Answer in a child that lasts as long as its upstream: those that are slow hold up no password."""
+        self.reap(must_wait=False)
+        if len(self.initiators) >= INITIATORS:
+            question.reply([b"too many log-ins to proxy servers at a time"])
+            return
+        pid = self.check(question, lambda: self.initiate(question), "")
+        if pid:
+            self.initiators.add(pid)
+
+    def check(self, question: Question, body: Callable[[], bool], host: str) -> int:
+        """Answer a question in a child; `host` is the client's address if it is about a password.
+
+        Return the child's pid, or 0 if there is none.
+        """
         try:
-            self.children[fork_verifier(body)] = host
+            pid = fork_verifier(body)
+            self.children[pid] = host
+            return pid
         except OSError as error:
             question.reply([f"cannot be checked now: {error.strerror}".encode(), b"0"])
+            return 0
         finally:
             question.answer.close()
             for descriptor in question.passed:
@@ -11906,6 +12228,7 @@ class Warden:
             if pid == 0:
                 return
             host = self.children.pop(pid)
+            self.initiators.discard(pid)
             failed = bool(status and host)
             if failed and self.failures.note(host, time.monotonic()) and self.config.login_penalty:
                 source = Failures.find_source(host)
@@ -11941,6 +12264,24 @@ class Warden:
         except OSError as error:
             question.reply([f"gssapi.keytab: {error.strerror}".encode("utf-8", "replace")[:255]])
         except (KeyError, GssError) as error:
+            question.reply([str(error).encode("utf-8", "replace")[:255]])
+        return True
+
+    def initiate(self, question: Question) -> bool:
+        """Establish a context of GSS-API with an upstream; in a child.
+
+        It has its power while it gets the ticket, and gives it up before it reads what the upstream says.
+        """
+        try:
+            service = UpstreamService(*(field.decode(WIRE_TEXT) for field in question.fields))
+            if service not in self.upstreams:
+                raise GssError("this proxy server is not in the configuration")
+            initiation = Initiation(service)
+            token = initiation.begin()
+            drop_privileges(self.reader, "")
+            set_capabilities(0)
+            question.reply([b"", initiation.finish(question.consult([b"", token]))])
+        except (SockdError, OSError) as error:
             question.reply([str(error).encode("utf-8", "replace")[:255]])
         return True
 
@@ -12073,6 +12414,7 @@ def needs_warden(config: Config) -> bool:
         or config.libwrap_hosts_access
         or any(rule.libwrap is not None for rule in rules)
         or any(needs_power(option) for option in list_options(config))
+        or bool(list_services(config))
     )
 
 

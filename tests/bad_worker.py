@@ -239,8 +239,9 @@ FIELDS: dict[int, list[list[bytes]]] = {
         [b"", b"0", b"1", b"2", b"99999"],
     ],
     sockd.Favour.OPTION: [NUMBERS],
+    sockd.Favour.INITIATE: [[b"rcmd@localhost", b"", b"rcmd/x", b"\0"], [b"", b"FILE:/etc/shadow"]],
 }
-MESSAGE_KINDS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 255)
+MESSAGE_KINDS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 255)
 
 
 def make_field(chance: random.Random) -> bytes:

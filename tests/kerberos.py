@@ -1,6 +1,6 @@
-"""A Kerberos realm of the tests' own: MIT's KDC on loopback, principals, key tables; and an initiator.
+"""A Kerberos realm of the tests' own: MIT's KDC on loopback, key tables, and both ends of a context.
 
-The initiator speaks RFC 1961 by MIT's library through ctypes.  It shares no code with sockd.py.
+Initiator and acceptor use MIT's library through ctypes.  They share no code with sockd.py.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ def library() -> ctypes.CDLL:
     for name, arguments in {
         "gss_import_name": (P, P, P, P),
         "gss_init_sec_context": (P, P, P, P, P, U32, U32, P, P, P, P, P, P),
+        "gss_accept_sec_context": (P, P, P, P, P, P, P, P, P, P, P),
         "gss_wrap": (P, P, INT, U32, P, P, P),
         "gss_unwrap": (P, P, P, P, P, P),
         "gss_release_buffer": (P, P),
@@ -241,6 +242,24 @@ class Initiator:
         return self.take(output), bool(state.value)
 
 
+class Acceptor(Initiator):
+    """The server's half of a GSS-API context, by the key of SERVICE."""
+
+    def __init__(self, realm: Realm) -> None:
+        super().__init__(realm, "nobody")
+        os.environ["KRB5_KTNAME"] = str(realm.keytab)
+
+    def accept(self, token: bytes) -> bytes:
+        """Take the client's token and give ours."""
+        output = Buffer()
+        major = self.gss.gss_accept_sec_context(
+            self.at(self.minor), self.at(self.context), None, self.give(token), None, None, None,
+            self.at(output), None, None, None,
+        )  # fmt: skip
+        self.check(major)
+        return self.take(output)
+
+
 def message(kind: int, token: bytes) -> bytes:
     """Build a message of RFC 1961."""
     return struct.pack("!BBH", 1, kind, len(token)) + token
@@ -323,7 +342,7 @@ def running_realm() -> Iterator[Realm]:
     Not in pytest's folder: user nobody reads its configuration.
     """
     folder = Path(tempfile.mkdtemp(prefix="sockd-realm-"))
-    names = ("KRB5_CONFIG", "KRB5RCACHENAME", "KRB5CCNAME")
+    names = ("KRB5_CONFIG", "KRB5RCACHENAME", "KRB5CCNAME", "KRB5_KTNAME")
     before = {name: os.environ.get(name) for name in names}
     realm = None
     try:

@@ -146,6 +146,7 @@ DIFFERENCES = {
     "admit": "libwrap",
     "become_commander": "libwrap",
     "find_protection_fault": "GSS-API",
+    "find_gssapi_faults_of": "GSS-API",
     "read_gssapi": "GSS-API",
     "unwrap": "GSS-API",
     "on_hup": "SIGHUP",

@@ -577,7 +577,7 @@ def test_parse_numbers_each_kind_in_the_order_of_the_file() -> None:
         ("10.0.0.1", "", "resolve", "both"),
         ("10.0.0.1", "resolve: there", "resolve", "there"),
         ("10.0.0.1", "extension: bind", "extension_bind", True),
-        ("10.0.0.1", "gssapi.servicename: x", "gssapi", sockd.Gssapi("x")),
+        ("10.0.0.1", "gssapi.servicename: x", "gssapi", sockd.Gssapi("x", "")),
     ],
 )  # fmt: skip
 def test_parse_reads_a_route(via: str, lines: str, field: str, expected: object) -> None:
