@@ -4974,17 +4974,38 @@ class Log:
         else:
             self._tell(failures)
 
+    def reopen(self, logoutput: Sequence[str], errorlog: Sequence[str]) -> None:
+        """Open the targets afresh; one that is open, and cannot be opened again, stays as it is.
+
+        ConfigError, and then nothing has changed, where one that is not open cannot be opened.
+        """
+        present = {*self.targets, *self.error_targets}
+        failures: list[str] = []
+        targets = self._open_all(logoutput, failures, self.targets)
+        error_targets = self._open_all(errorlog, failures, self.error_targets)
+        if len(targets) < len(logoutput) or len(error_targets) < len(errorlog):
+            for target in {*targets, *error_targets} - present:
+                target.close()
+            raise ConfigError("; ".join(failures))
+        self.targets, self.error_targets = targets, error_targets
+        for target in present - {*targets, *error_targets}:
+            target.close()
+        self._tell(failures)
+
     def _tell(self, failures: Iterable[str]) -> None:
         for failure in failures:
             self.write("warning", failure)
 
-    def _open_all(self, names: Iterable[str], failures: list[str]) -> tuple[LogTarget, ...]:
+    def _open_all(
+        self, names: Iterable[str], failures: list[str], present: Iterable[LogTarget] = ()
+    ) -> tuple[LogTarget, ...]:
         opened = []
         for name in names:
             try:
                 opened.append(LogTarget(name))
             except OSError as error:
                 failures.append(f'could not open logfile "{name}": {error.strerror}')
+                opened += [target for target in present if target.name == name][:1]
         return tuple(opened)
 
     def export(self) -> tuple[list[bytes], list[int]]:
@@ -9521,6 +9542,16 @@ class Session:
         what = f" {self.request.command}" if self.request is not None else ""
         return f"{self.client} {self.local}: {self.phase}{what} for {age}"
 
+    def may_ask(self) -> bool:
+        """Tell whether the session may still ask the warden, which a mere relay does not.
+
+        Called by the worker's main thread.
+        """
+        request = self.request
+        if self.phase != "io" or request is None:
+            return True
+        return request.command != "connect" or request.version == HTTP1  # where another request may follow
+
     def admit(self) -> bool:
         """Ask libwrap and the client-rules whether the client may talk to us at all."""
         if self.config.libwrap_hosts_access:
@@ -11640,8 +11671,10 @@ INITIATORS = 64  # log-ins to upstreams at once; each lasts a round trip, or unt
 VERIFIERS = 64  # password checks at once; a PAM module may sleep 2 seconds over each
 
 
-# All that a worker tells the mother: that it has served child.maxrequests clients.
-TIRED = encode_message(0, [b"tired"])
+# All that a worker tells the mother.
+TIRED = encode_message(0, [b"tired"])  # it has served child.maxrequests clients
+DRAINED = encode_message(0, [b"drained"])  # it has let go of the listeners: it takes nobody who comes now
+SETTLED = encode_message(0, [b"settled"])  # ... and none of its sessions will ask the warden any more
 
 
 class Order(enum.IntEnum):
@@ -11717,6 +11750,7 @@ class Worker:
         self.cushion: bytes | None = bytes(CUSHION_BYTES)  # given up when memory runs out
         self.short_until = 0.0  # until then new clients are turned away, so that the others have room
         self.draining = False
+        self.settled = False
         self.complained = False
         self.accepted = 0
         self.trimmed_after = 0  # clients: when memory was last given back to the system
@@ -11740,6 +11774,8 @@ class Worker:
             events = poller.poll(DRAIN_MILLISECONDS if hurries else WATCH_MILLISECONDS)
             if events and not self.obey():
                 return self.stop()
+            if self.draining and not self.settled:
+                self.settle()
             if not events and not self.sessions and self.trimmed_after < self.accepted:
                 self.trimmed_after = self.accepted
                 release_memory()
@@ -11764,7 +11800,14 @@ class Worker:
             self.report()
         elif order == Order.DRAIN:
             self.close_listeners()
+            self.tell_mother(DRAINED)
         return True
+
+    def settle(self) -> None:
+        """Tell the mother when no session will ask the warden any more: there will be no new ones."""
+        if not any(session.may_ask() for session in tuple(self.sessions)):
+            self.settled = True
+            self.tell_mother(SETTLED)
 
     def close_listeners(self) -> None:
         """Accept no more clients."""
@@ -11890,7 +11933,7 @@ class Worker:
             return None
         self.accepted += 1
         if self.accepted == self.serving.config.child_maxrequests:
-            self.say_tired()
+            self.tell_mother(TIRED)  # for a successor; this worker serves on until there is one
         if self.cushion is not None and self.reserve >= 0:
             self.complained = False
         try:
@@ -11902,10 +11945,9 @@ class Worker:
         connection.close()
         return None
 
-    def say_tired(self) -> None:
-        """Ask the mother for a successor; this worker serves on until there is one."""
+    def tell_mother(self, message: bytes) -> None:
         try:
-            self.control.send(TIRED, socket.MSG_DONTWAIT)
+            self.control.send(message, socket.MSG_DONTWAIT)
         except OSError:
             pass  # she is gone, and the main thread will notice
 
@@ -12030,7 +12072,7 @@ def answer_question(inbox: socket.socket, control: socket.socket, helper: Helper
     return True
 
 
-def run_helper(serving: Serving, inbox: socket.socket, control: socket.socket, helper: Helper) -> int:
+def run_helper(log: Log, inbox: socket.socket, control: socket.socket, helper: Helper) -> int:
     """Answer questions until the mother says stop: the life of resolver and warden."""
     poller = select.poll()
     poller.register(inbox.fileno(), select.POLLIN)
@@ -12048,7 +12090,7 @@ def run_helper(serving: Serving, inbox: socket.socket, control: socket.socket, h
                 helper.drain()
                 return 0
             if message[0] == Order.LOGS:
-                serving.log.adopt(message[1], message[2])
+                log.adopt(message[1], message[2])
 
 
 def grant_resolve(fields: list[bytes]) -> list[bytes]:
@@ -12367,6 +12409,7 @@ PIDFILE_MODE = 0o644  # As Dante.
 FALLBACK_USER = "nobody"  # where root starts us and user.unprivileged is not set
 RESPAWN_SECONDS = 1.0  # at least this long between two forks of a child that keeps dying
 CHILDREN_STOP_SECONDS = 0.9  # for children that do not end by themselves
+HANDOVER_SECONDS = 5.0  # a worker that has not let go of the listeners by then obeys nobody
 
 
 class Options(NamedTuple):
@@ -12592,17 +12635,54 @@ class Pidfile:
         self.descriptor = -1
 
 
+class Generation:
+    """A configuration at work, with what those who obey it share.  Owned by the mother.
+
+    Workers ask the warden of their own generation, so that the number of a rule or an option means to both
+    the same.  A reload adds a generation; the warden of an older one ends with the last session that
+    may ask it.  The resolver's answers do not depend on the configuration: there is one for all.
+    """
+
+    def __init__(self, number: int, config: Config, accounts: Accounts, places: int) -> None:
+        """Make what is shared by as many workers; OSError."""
+        self.number = number  # counts reloads
+        self.config = config
+        self.accounts = accounts
+        self.counts = make_counts(config, places)
+        try:
+            self.warden_inbox = make_inbox()
+        except OSError:
+            self.close_lock()
+            raise
+
+    def close_lock(self) -> None:
+        """Close what only its workers need, who have theirs."""
+        if self.counts is not None:
+            self.counts.lock.close()
+
+    def close_inbox(self) -> None:
+        """Close both ends of what its workers ask by."""
+        for end in self.warden_inbox:
+            end.close()
+
+
 class Child(NamedTuple):
     """A child as the mother knows it."""
 
     kind: str  # worker, resolver or warden
     control: socket.socket
     number: int  # workers: 1 to their count
-    generation: (
-        int  # counts reloads: only children of the newest are replaced when they die; -1 - it: relieved
-    )
-    counts: Counts | None = None  # of its generation
+    generation: Generation
     born: float = 0.0
+    is_relieved: bool = False  # a worker whose successor has been forked (sockd.conf(5), child)
+    is_settled: bool = False  # a worker that takes no clients, and asks the warden nothing any more
+
+
+class Handover(NamedTuple):
+    """A reload under way: it ends when all old workers have let go of the listeners."""
+
+    waiting: set[int]  # their pids
+    deadline: float
 
 
 def ignore_signal(number: int, frame: object) -> None:
@@ -12658,27 +12738,46 @@ def find_mask(config: Config, kind: str) -> tuple[int, ...]:
     return masks[-1] if masks else ()
 
 
-def find_schedule(config: Config, kind: str) -> tuple[int, int]:
-    """Return the policy and priority that a kind of process is to run with."""
+class CpuUse(NamedTuple):
+    """Where and how a process runs."""
+
+    cpus: frozenset[int]
+    policy: int
+    priority: int
+
+
+def read_cpu_use() -> CpuUse:
+    """Return where and how this process runs."""
+    priority = os.sched_getparam(0).sched_priority
+    return CpuUse(frozenset(os.sched_getaffinity(0)), os.sched_getscheduler(0), priority)
+
+
+def find_cpu_use(config: Config, kind: str, at_start: CpuUse) -> CpuUse:
+    """Return where and how a kind of process is to run."""
     found = [
         (POLICY_NUMBERS[policy], priority)
         for process, policy, priority in config.cpu_schedules
         if KIND_OF_PROCESS.get(process) == kind
     ]
-    return found[-1] if found else (os.SCHED_BATCH if kind == "worker" else os.SCHED_OTHER, 0)
+    usual = (os.SCHED_BATCH, 0) if kind == "worker" else (at_start.policy, at_start.priority)
+    cpus = frozenset(find_mask(config, kind)) or at_start.cpus
+    return CpuUse(cpus, *(found[-1] if found else usual))
 
 
-def obey_cpu_settings(config: Config, kind: str, usable: frozenset[int], log: Log) -> None:
+def obey_cpu_settings(config: Config, kind: str, at_start: CpuUse, log: Log) -> None:
     """Put this process on its CPUs and under its policy (sockd.conf(5), cpu); a fault is a warning.
 
-    Whatever is not configured is set too, as a child begins with what the mother has.
+    Whatever is not configured is set too: a child begins with what the mother has, and the mother with what
+    an older configuration has given her.
     """
-    if not (config.cpu_masks or config.cpu_schedules):
+    if kind != "mother" and not (config.cpu_masks or config.cpu_schedules):
         return
-    policy, priority = find_schedule(config, kind)
+    wanted = find_cpu_use(config, kind, at_start)
+    if wanted == read_cpu_use():
+        return
     try:
-        os.sched_setaffinity(0, find_mask(config, kind) or usable)
-        os.sched_setscheduler(0, policy, os.sched_param(priority))
+        os.sched_setaffinity(0, wanted.cpus)
+        os.sched_setscheduler(0, wanted.policy, os.sched_param(wanted.priority))
     except OSError as error:
         log.write("warning", f"could not set cpu.schedule or cpu.mask of the {kind}: {error.strerror}")
 
@@ -12835,6 +12934,13 @@ def take_passed_sockets(
 # ---- the mother
 
 
+def close_others(listeners: dict[Endpoint, socket.socket], kept: dict[Endpoint, socket.socket]) -> None:
+    """Close the listeners that are not among others."""
+    for endpoint, listener in listeners.items():
+        if kept.get(endpoint) is not listener:
+            listener.close()
+
+
 class Mother:
     """Owns listeners, children, pid file and signals; lives in the main thread of the first process."""
 
@@ -12844,29 +12950,30 @@ class Mother:
         self.log = Log(options.program)
         self.listeners: dict[Endpoint, socket.socket] = {}  # by the address as configured
         self.children: dict[int, Child] = {}
-        self.generation = 0
-        self.counts: Counts | None = None  # of the newest generation
-        self.watches: list[Watch] = []  # its alarms
-        self.accounts: Accounts = (None, None, None)
+        self.generations: list[Generation] = []  # whose workers may ask a warden, and the newest at the end
+        self.handover: Handover | None = None
+        self.has_hup_waited = False  # SIGHUP has come again before the last one was through
+        self.watches: list[Watch] = []  # the alarms of the newest generation
         self.pidfile = Pidfile(options.pidfile or default_files(options.program)[1])
-        self.resolver_inbox = self.warden_inbox = (socket.socket(), socket.socket())
+        self.resolver_inbox = (socket.socket(), socket.socket())
         self.wakeup = (-1, -1)
         self.manager = Manager(os.environ)
         self.ending = False
-        self.has_warden = False
         self.last_spawn = 0.0
-        self.due: list[tuple[float, str, int]] = []  # (when, kind, number): children to fork again
+        # (when, generation, kind, number): children to fork again
+        self.due: list[tuple[float, Generation, str, int]] = []
         self.tired: set[int] = set()  # workers to be replaced (sockd.conf(5), child)
-        self.usable_cpus = frozenset(os.sched_getaffinity(0))
+        self.cpu_at_start = read_cpu_use()
 
     # --- start ---
 
     def start(self) -> None:
         """Bind, open, fork: all that can fail does so before -D lets the caller go; ConfigError, OSError."""
-        self.open_logs()
-        self.accounts = self.find_accounts(self.config)
+        self.log.open(self.config.logoutput, self.config.errorlog)
+        accounts = self.find_accounts(self.config)
         raise_descriptor_limit(self.log)
-        self.resolver_inbox, self.warden_inbox = make_inbox(), make_inbox()
+        self.resolver_inbox = make_inbox()
+        self.generations = [Generation(0, self.config, accounts, self.count_places(self.config))]
         self.listeners = self.bind_listeners(
             self.config, take_passed_sockets(os.environ, self.config, self.log)
         )
@@ -12892,11 +12999,8 @@ class Mother:
         # The boot process of the executable stays the main one: the manager is its parent, not ours.
         ourselves = [f"MAINPID={os.getpid()}"] if self.options.daemon else []
         listeners = describe_count(len(self.listeners), "listener")
-        workers = describe_count(self.count_workers(), "worker")
+        workers = describe_count(self.count_workers(self.config), "worker")
         self.manager.tell("READY=1", *ourselves, f"STATUS=serving: {listeners}, {workers}")
-
-    def open_logs(self) -> None:
-        self.log.open(self.config.logoutput, self.config.errorlog)
 
     def find_accounts(self, config: Config) -> Accounts:
         """Return the accounts to run as; ConfigError where one of them or the jail cannot be had."""
@@ -12943,17 +13047,19 @@ class Mother:
             for endpoint in config.internal:
                 bound[endpoint] = present.get(endpoint) or listen_on(endpoint)
                 prepare_listener(bound[endpoint], self.options.keepalive)
-                for option, error in set_options(bound[endpoint], config.socket_options, "internal"):
-                    self.log.write("warning", describe_option_fault(option, str(error.strerror)))
         except OSError as error:
-            for key, listener in bound.items():
-                if present.get(key) is not listener:
-                    listener.close()
+            close_others(bound, present)
             raise ConfigError(
                 f"cannot listen on {endpoint}: {error.strerror}"
                 + (" (is another server running there?)" if error.errno == errno.EADDRINUSE else "")
             ) from None
         return bound
+
+    def set_listener_options(self) -> None:
+        """Set what of internal.* the accepted sockets inherit; a fault is a warning."""
+        for listener in self.listeners.values():
+            for option, error in set_options(listener, self.config.socket_options, "internal"):
+                self.log.write("warning", describe_option_fault(option, str(error.strerror)))
 
     def take_pidfile(self) -> None:
         try:
@@ -12988,41 +13094,35 @@ class Mother:
 
     # --- children ---
 
-    def count_workers(self) -> int:
-        """Return the -N of the command line; unlike danted's its default is one for each usable CPU."""
-        return self.options.servers or len(find_mask(self.config, "worker") or self.usable_cpus)
+    @property
+    def newest(self) -> Generation:
+        """The generation that takes clients."""
+        return self.generations[-1]
 
-    def count_places(self) -> int:
+    def count_workers(self, config: Config) -> int:
+        """Return the -N of the command line; unlike danted's its default is one for each usable CPU."""
+        return self.options.servers or len(find_mask(config, "worker") or self.cpu_at_start.cpus)
+
+    def count_places(self, config: Config) -> int:
         """Return how many workers there may be at a time: with child.*, each has one that relieves it."""
-        replaces = self.config.child_maxrequests or self.config.child_maxlifetime
-        return self.count_workers() * (2 if replaces else 1)
+        replaces = config.child_maxrequests or config.child_maxlifetime
+        return self.count_workers(config) * (2 if replaces else 1)
 
     def spawn_children(self) -> None:
-        self.renew_counts()
-        obey_cpu_settings(self.config, "mother", self.usable_cpus, self.log)
+        """Fork the children of the newest generation."""
+        self.set_listener_options()
+        self.watches = make_watches(self.config, self.newest.counts)
+        self.start_watches()
+        obey_cpu_settings(self.config, "mother", self.cpu_at_start, self.log)
         gc.collect()
         release_memory()
         forget_start_pages()
         gc.freeze()  # the collector then leaves the pages that all processes share alone
-        self.spawn_child("resolver", 0)
-        # Once there has been a warden, sessions of an older configuration may count on it.
-        self.has_warden = self.has_warden or needs_warden(self.config)
-        if self.has_warden:
-            self.spawn_child("warden", 0)
-        for number in range(1, self.count_workers() + 1):
-            self.spawn_child("worker", number)
-
-    def renew_counts(self) -> None:
-        """Make what the workers of a new generation share.
-
-        As Dante: the sessions of an older configuration do not count under a newer one.
-        Unlike Dante: a reload of an unchanged file, say after log rotation, is no new generation.
-        """
-        if self.counts is not None:
-            self.counts.lock.close()  # the old workers have theirs, and none of them is replaced
-        self.counts = make_counts(self.config, self.count_places())
-        self.watches = make_watches(self.config, self.counts)
-        self.start_watches()
+        self.spawn_child(self.newest, "resolver", 0)
+        if needs_warden(self.config):
+            self.spawn_child(self.newest, "warden", 0)
+        for number in range(1, self.count_workers(self.config) + 1):
+            self.spawn_child(self.newest, "worker", number)
 
     def start_watches(self) -> None:
         """Forget the alarms that are raised.  As Dante: without a record, and at each SIGHUP."""
@@ -13037,88 +13137,97 @@ class Mother:
             if text:
                 self.log.write("warning", text)
 
-    def spawn_child(self, kind: str, number: int) -> None:
+    def spawn_child(self, generation: Generation, kind: str, number: int) -> None:
         """Fork a child of a kind, now or, where the machine has no room for it, later."""
-        if not self.fork_child(kind, number):
-            self.due.append((self.last_spawn + RESPAWN_SECONDS, kind, number))
+        if not self.fork_child(generation, kind, number):
+            self.due.append((self.last_spawn + RESPAWN_SECONDS, generation, kind, number))
 
-    def fork_child(self, kind: str, number: int) -> bool:
-        """Fork a child of a kind, with the present configuration; False where that cannot be done now."""
+    def fork_child(self, generation: Generation, kind: str, number: int) -> bool:
+        """Fork a child of a kind, with its generation's configuration; False if that cannot be done now."""
         inherited = [child.control.fileno() for child in self.children.values()]
         inherited += [descriptor for descriptor in self.wakeup]
+        inherited += [end.fileno() for g in self.generations if g is not generation for end in g.warden_inbox]
         if self.pidfile.descriptor >= 0:
             inherited.append(self.pidfile.descriptor)
         body = {"worker": self.be_worker, "resolver": self.be_resolver, "warden": self.be_warden}[kind]
         self.last_spawn = time.monotonic()
         try:
-            pid, control = spawn(lambda control: self.be_child(body, control, number), inherited)
+            pid, control = spawn(
+                lambda control: self.be_child(lambda: body(generation, control, number)), inherited
+            )
         except OSError as error:
             self.log.write("error", f"cannot start a {kind}: {error.strerror}")
             return False
-        self.children[pid] = Child(kind, control, number, self.generation, self.counts, self.last_spawn)
+        self.children[pid] = Child(kind, control, number, generation, self.last_spawn)
         return True
 
-    def be_child(self, body: Callable[[socket.socket, int], int], control: socket.socket, number: int) -> int:
+    def be_child(self, body: Callable[[], int]) -> int:
         """Run the body of a child; what it cannot recover from is logged and ends it."""
         self.log.take_over()
         try:
-            return body(control, number)
+            return body()
         except Exception as error:
             self.log.write("error", f"internal error: {describe_bug(error)}: {error}")
             return 1
 
-    def serving(self) -> Serving:
-        resolver, warden = Channel(self.resolver_inbox[1]), Channel(self.warden_inbox[1])
-        upstreams = Upstreams(self.config, self.log) if self.config.routes else None
-        policy, keepalive = Policy(self.config), self.options.keepalive
-        return Serving(self.config, policy, self.log, resolver, warden, keepalive, self.counts, upstreams)
+    def serving(self, generation: Generation) -> Serving:
+        config, counts = generation.config, generation.counts
+        resolver, warden = Channel(self.resolver_inbox[1]), Channel(generation.warden_inbox[1])
+        upstreams = Upstreams(config, self.log) if config.routes else None
+        policy, keepalive = Policy(config), self.options.keepalive
+        return Serving(config, policy, self.log, resolver, warden, keepalive, counts, upstreams)
 
-    def be_worker(self, control: socket.socket, number: int) -> int:
+    def be_worker(self, generation: Generation, control: socket.socket, number: int) -> int:
         """The life of a worker, in its process."""
+        config = generation.config
         self.resolver_inbox[0].close()
-        self.warden_inbox[0].close()
-        if self.counts is not None:
-            self.counts.number = number - 1
-        worker = Worker(self.serving(), tuple(self.listeners.values()), control)
-        if needs_gssapi(self.config):
+        generation.warden_inbox[0].close()
+        if generation.counts is not None:
+            generation.counts.number = number - 1
+        worker = Worker(self.serving(generation), tuple(self.listeners.values()), control)
+        if needs_gssapi(config):
             preload_gssapi()
         prefer_throughput()
-        obey_cpu_settings(self.config, "worker", self.usable_cpus, self.log)
+        obey_cpu_settings(config, "worker", self.cpu_at_start, self.log)
         limit_arenas()
-        drop_privileges(self.accounts[1], self.options.chroot or self.config.chroot)
-        count = self.count_workers()
+        drop_privileges(generation.accounts[1], self.options.chroot or config.chroot)
+        count = self.count_workers(config)
         self.log.write("info", f"sockd/server[{(number - 1) % count + 1}/{count}] v{__version__} running")
         return worker.run()
 
-    def be_resolver(self, control: socket.socket, _: int) -> int:
+    def be_resolver(self, generation: Generation, control: socket.socket, _: int) -> int:
         """The life of the resolver, in its process."""
-        self.warden_inbox[0].close()  # who may read there sees passwords
+        generation.close_inbox()  # who may read there sees passwords
         for listener in self.listeners.values():
             listener.close()
         threading.stack_size(THREAD_STACK_BYTES)
-        obey_cpu_settings(self.config, "resolver", self.usable_cpus, self.log)
-        drop_privileges(self.accounts[1], "")
-        return run_helper(self.serving(), self.resolver_inbox[0], control, Resolver())
+        obey_cpu_settings(generation.config, "resolver", self.cpu_at_start, self.log)
+        drop_privileges(generation.accounts[1], "")
+        return run_helper(self.log, self.resolver_inbox[0], control, Resolver())
 
-    def be_warden(self, control: socket.socket, _: int) -> int:
+    def be_warden(self, generation: Generation, control: socket.socket, _: int) -> int:
         """The life of the warden, in its process."""
+        config, accounts = generation.config, generation.accounts
         self.resolver_inbox[0].close()
         for listener in self.listeners.values():
             listener.close()
-        obey_cpu_settings(self.config, "warden", self.usable_cpus, self.log)
-        if self.accounts[0] is not None:
-            become_privileged(self.accounts[0], find_powers(self.config))
-        warden = Warden(self.config, self.log, self.accounts, self.log.program)
-        return run_helper(self.serving(), self.warden_inbox[0], control, warden)
+        obey_cpu_settings(config, "warden", self.cpu_at_start, self.log)
+        if accounts[0] is not None:
+            become_privileged(accounts[0], find_powers(config))
+        warden = Warden(config, self.log, accounts, self.log.program)
+        return run_helper(self.log, generation.warden_inbox[0], control, warden)
 
     def order(self, child: Child, order: Order) -> None:
-        """Tell a child what to do; one that is gone will be reaped."""
+        """Tell a child what to do; one that is gone will be reaped, and so will one that reads no orders."""
         fields, descriptors = self.log.export() if order == Order.LOGS else ([], [])
+        message = encode_message(order, fields)
         try:
             if descriptors:
-                socket.send_fds(child.control, [encode_message(order, fields)], descriptors)
+                socket.send_fds(child.control, [message], descriptors, socket.MSG_DONTWAIT)
             else:
-                child.control.send(encode_message(order, fields))
+                child.control.send(message, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            child.control.shutdown(socket.SHUT_RDWR)  # which hear_child will see
         except OSError:
             pass
 
@@ -13133,8 +13242,8 @@ class Mother:
             for descriptor in by_descriptor:
                 poller.register(descriptor, select.POLLIN)
             self.manager.sign_of_life()
-            times = [when for when, _, _ in self.due] + [watch.due for watch in self.watches]
-            times.append(self.next_retirement())
+            times = [when for when, _, _, _ in self.due] + [watch.due for watch in self.watches]
+            times += [self.next_retirement(), self.handover.deadline if self.handover else NO_DEADLINE]
             timeout = min([self.manager.next_sign, *times])
             for descriptor, _ in poller.poll(poll_milliseconds(timeout)):
                 if descriptor == self.wakeup[0]:
@@ -13144,6 +13253,8 @@ class Mother:
             self.respawn()
             self.relieve_workers()
             self.check_alarms()
+            self.retire_generations()
+            self.finish_reload()
         return self.end()
 
     def act_on_signals(self) -> None:
@@ -13161,34 +13272,51 @@ class Mother:
 
     def on_hup(self, _: int) -> None:
         """Reload; on any fault keep what is running.  Unlike Dante, which a broken file ends."""
+        if self.handover is not None:
+            self.has_hup_waited = True
+            return
         self.log.write("info", "SIGHUP [: reloading config")
         self.manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         config, complaints = read_config(self.options)
         try:
             if config is None:
                 raise ConfigError("the running configuration is kept")
-            accounts = self.find_accounts(config)
-            listeners = self.bind_listeners(config, self.listeners)
-        except ConfigError as error:
+            self.handover = self.reload(config)
+        except (ConfigError, OSError) as error:
+            text = (error.strerror if isinstance(error, OSError) else "") or str(error)
             self.log_complaints(complaints)
-            self.log.write("error", f"SIGHUP ]: config not reloaded: {error}")
-            self.manager.tell("READY=1", f"STATUS=config not reloaded: {error}")
+            self.log.write("error", f"SIGHUP ]: config not reloaded: {text}")
+            self.manager.tell("READY=1", f"STATUS=config not reloaded: {text}")
             return
-        if (config, accounts) == (self.config, self.accounts):
-            self.reopen_logs()
-            self.start_watches()
-        else:
-            self.accounts = accounts
-            self.switch(config, listeners)
         self.log_complaints(complaints)
-        self.log.write("info", "SIGHUP ]: config reloaded.  Broadcasting to children to do the same")
-        self.tell_ready()
 
-    def reopen_logs(self) -> None:
-        """Open the logs again, for all processes: log rotation needs no new workers."""
-        self.open_logs()
-        for child in self.children.values():
-            self.order(child, Order.LOGS)
+    def reload(self, config: Config) -> Handover:
+        """Take up a configuration, and return what is to be waited for; ConfigError, OSError.
+
+        As Dante: the sessions of an older configuration do not count under a newer one.
+        Unlike Dante: a reload of an unchanged file, say after log rotation, is no new generation.
+        """
+        accounts = self.find_accounts(config)
+        if (config, accounts) == (self.config, self.newest.accounts):
+            self.log.reopen(config.logoutput, config.errorlog)
+            self.start_watches()
+            for child in self.children.values():
+                self.order(child, Order.LOGS)
+            return Handover(set(), 0.0)
+        listeners = self.bind_listeners(config, self.listeners)
+        try:
+            places = self.count_places(config)
+            generation = Generation(self.newest.number + 1, config, accounts, places)
+            try:
+                self.log.reopen(config.logoutput, config.errorlog)
+            except ConfigError:
+                generation.close_lock()
+                generation.close_inbox()
+                raise
+        except (ConfigError, OSError):
+            close_others(listeners, self.listeners)
+            raise
+        return self.switch(generation, listeners)
 
     def log_complaints(self, complaints: Iterable[Complaint]) -> None:
         """Log what the parser says, one record for each complaint."""
@@ -13197,28 +13325,58 @@ class Mother:
             hint = f" ({complaint.hint})" if complaint.hint else ""
             self.log.write(complaint.level, where + complaint.text + hint)
 
-    def switch(self, config: Config, listeners: dict[Endpoint, socket.socket]) -> None:
-        """Go over to a new configuration: new children take it up, the old ones finish their sessions."""
-        old_children = tuple(self.children.values())
-        old_listeners, self.listeners = self.listeners, listeners
-        self.config = config
-        self.open_logs()
-        self.generation += 1
-        self.due = []
+    def switch(self, generation: Generation, listeners: dict[Endpoint, socket.socket]) -> Handover:
+        """Go over to a new generation: its children take the clients, the old ones finish their sessions."""
+        old_children, old_listeners, outgoing = dict(self.children), self.listeners, self.newest
+        self.listeners, self.config = listeners, generation.config
+        self.generations.append(generation)
+        outgoing.close_lock()  # its workers have theirs, and none of them is replaced
         self.announce_listeners(e for e in listeners if e not in old_listeners)
-        for endpoint, listener in old_listeners.items():
-            if endpoint not in listeners:
-                listener.close()  # before the fork: who inherits it would keep it open
+        close_others(old_listeners, listeners)  # before the fork: who inherits one would keep it open
         self.spawn_children()
-        for child in old_children:
+        waiting = set()
+        for pid, child in old_children.items():
             self.order(child, Order.LOGS)
-            self.order(child, Order.DRAIN)
+            if child.kind == "worker" and child.generation is outgoing:
+                waiting.add(pid)
+            if child.kind != "warden":  # see retire_generations
+                self.order(child, Order.DRAIN)
+        return Handover(waiting, time.monotonic() + HANDOVER_SECONDS)
+
+    def finish_reload(self) -> None:
+        """End a reload when no old worker can take a client any more; act on a SIGHUP that came meanwhile."""
+        if self.handover is None:
+            return
+        waiting = self.handover.waiting & self.children.keys()
+        if waiting and time.monotonic() < self.handover.deadline:
+            return
+        for pid in waiting:
+            self.log.write("error", f"worker {pid} goes on taking clients: ending it")
+            self.reap_soon(pid, self.children[pid])
+        self.handover = None
+        self.log.write("info", "SIGHUP ]: config reloaded.  Broadcasting to children to do the same")
+        self.tell_ready()
+        if self.has_hup_waited:
+            self.has_hup_waited = False
+            self.on_hup(signal.SIGHUP)
+
+    def retire_generations(self) -> None:
+        """Let the warden go of each older generation that has no session any more that may ask it."""
+        asking = [c.generation for c in self.children.values() if c.kind == "worker" and not c.is_settled]
+        for generation in self.generations[:-1]:
+            if generation in asking:
+                continue
+            self.generations.remove(generation)
+            generation.close_inbox()
+            for child in self.children.values():
+                if child.kind == "warden" and child.generation is generation:
+                    self.order(child, Order.DRAIN)
 
     def on_usr1(self, _: int) -> None:
         """Log the state of the server."""
         kinds = [child.kind for child in self.children.values()]
         counts = ", ".join(f"{kind}s: {kinds.count(kind)}" for kind in ("worker", "resolver", "warden"))
-        self.log.write("info", f"sockd v{__version__} {counts}, configuration #{self.generation + 1}")
+        self.log.write("info", f"sockd v{__version__} {counts}, configuration #{self.newest.number + 1}")
         for child in self.children.values():
             if child.kind == "worker":
                 self.order(child, Order.REPORT)
@@ -13236,25 +13394,37 @@ class Mother:
             if child is None:
                 continue
             self.bury(child, status)
-            if child.generation != self.generation and status == 0:
-                continue
-            self.log.write("warning", f"{child.kind} {pid} exited unexpectedly{describe_status(status)}")
-            if child.generation == self.generation:
-                when = max(time.monotonic(), self.last_spawn + RESPAWN_SECONDS)
-                self.due.append((when, child.kind, child.number))
+            if status or self.is_needed(child):
+                self.log.write("warning", f"{child.kind} {pid} exited unexpectedly{describe_status(status)}")
+            self.plan_successor(child)
+
+    def is_kept(self, generation: Generation, kind: str) -> bool:
+        """Tell whether a generation is to have children of a kind."""
+        return generation is self.newest or (kind == "warden" and generation in self.generations)
+
+    def is_needed(self, child: Child) -> bool:
+        """Tell whether another one has to take a child's place when it dies."""
+        return self.is_kept(child.generation, child.kind) and not child.is_relieved
+
+    def plan_successor(self, child: Child) -> None:
+        """Have another one take the place of a child that has died, if it is needed."""
+        if self.is_needed(child):
+            when = max(time.monotonic(), self.last_spawn + RESPAWN_SECONDS)
+            self.due.append((when, child.generation, child.kind, child.number))
 
     def bury(self, child: Child, status: int) -> None:
         """Take back what a dead child held, before another one can follow it."""
         child.control.close()
-        if status and child.kind == "worker" and child.counts is not None:
-            child.counts.forget(child.number - 1)
+        if status and child.kind == "worker" and child.generation.counts is not None:
+            child.generation.counts.forget(child.number - 1)
 
     def respawn(self) -> None:
         """Fork again the children whose time has come."""
         now = time.monotonic()
         due, self.due = [d for d in self.due if d[0] <= now], [d for d in self.due if d[0] > now]
-        for _, kind, number in due:
-            self.spawn_child(kind, number)
+        for _, generation, kind, number in due:
+            if self.is_kept(generation, kind):
+                self.spawn_child(generation, kind, number)
 
     def next_retirement(self) -> float:
         """Return when the oldest worker has lived for child.maxlifetime."""
@@ -13264,7 +13434,7 @@ class Mother:
 
     def serves(self, child: Child) -> bool:
         """Tell whether a child is a worker that takes clients."""
-        return child.kind == "worker" and child.generation == self.generation
+        return child.kind == "worker" and self.is_needed(child)
 
     def relieve_workers(self) -> None:
         """Replace each worker that has served or lived long enough; it finishes its sessions.
@@ -13275,61 +13445,98 @@ class Mother:
             oldest = time.monotonic() - self.config.child_maxlifetime
             self.tired |= {pid for pid, c in self.children.items() if self.serves(c) and c.born <= oldest}
         self.tired &= set(self.children)
-        relieved = -1 - self.generation  # the generation of those who have been
-        taken = {c.number for c in self.children.values() if c.generation in (self.generation, relieved)}
+        taken = {c.number for c in self.children.values() if c.generation is self.newest}
         for pid in tuple(self.tired):
-            child, count = self.children[pid], self.count_workers()
+            child, count = self.children[pid], self.count_workers(self.config)
             place = child.number + count if child.number <= count else child.number - count
             if self.serves(child) and place in taken:
                 continue
             if self.serves(child):
-                if not self.fork_child("worker", place):
+                if not self.fork_child(self.newest, "worker", place):
                     return  # it serves on, and is looked at again the next time
-                self.children[pid] = child._replace(generation=relieved)
+                self.children[pid] = child._replace(is_relieved=True)
                 self.order(child, Order.DRAIN)
             self.tired.discard(pid)
 
     def hear_child(self, pid: int) -> None:
-        """Read what a child has to say: a helper may report a worker that has gone wrong."""
+        """Read what a child has to say."""
         child = self.children.get(pid)
         if child is None:
             return
         try:
             data = child.control.recv(MAX_MESSAGE_BYTES)
-            if not data:
-                self.reap_soon(pid, child)
-                return
-            if data == TIRED and child.kind == "worker":
-                if self.serves(child) and self.config.child_maxrequests:
-                    self.tired.add(pid)
-                return
-            _, fields = decode_message(data)
-            culprit = int(fields[0])
-        except (OSError, ProtocolError, ValueError, IndexError):
-            culprit = pid
-        if child.kind == "worker":
-            culprit = pid  # a worker of ours says nothing else here, so this one is not ours any more
-        elif culprit == int(NOBODY) and child.generation == self.generation:
-            self.start_over()
-            return
-        if culprit in self.children and self.children[culprit].kind == "worker":
-            self.log.write("error", f"worker {culprit} sent a malformed message: ending it")
-            os.kill(culprit, signal.SIGKILL)
+        except OSError:
+            data = b""
+        if not data:
+            self.reap_soon(pid, child)
+        elif child.kind == "worker":
+            self.hear_worker(pid, child, data)
+        else:
+            self.hear_helper(child, data)
 
-    def start_over(self) -> None:
-        """Take new inboxes and new children: a worker has ended the old ones, and nobody knows which."""
+    def hear_worker(self, pid: int, child: Child, data: bytes) -> None:
+        """Act on what a worker says; one that says anything else than ours do is not ours any more."""
+        if data == TIRED:
+            if self.serves(child) and self.config.child_maxrequests:
+                self.tired.add(pid)
+        elif data == DRAINED:
+            if self.handover is not None:
+                self.handover.waiting.discard(pid)
+        elif data == SETTLED:
+            self.children[pid] = child._replace(is_settled=True)
+        else:
+            self.end_culprit(pid)
+
+    def hear_helper(self, helper: Child, data: bytes) -> None:
+        """Act on a helper's report of a worker that has gone wrong."""
+        try:
+            culprit = int(decode_message(data)[1][0])
+        except (ProtocolError, ValueError, IndexError):
+            return
+        if culprit == int(NOBODY):
+            self.lose_inbox(helper)
+        elif culprit in self.children and self.children[culprit].kind == "worker":
+            self.end_culprit(culprit)
+
+    def end_culprit(self, pid: int) -> None:
+        """End a worker that has gone wrong."""
+        self.log.write("error", f"worker {pid} sent a malformed message: ending it")
+        os.kill(pid, signal.SIGKILL)
+
+    def lose_inbox(self, helper: Child) -> None:
+        """End all workers that ask a helper: one of them has shut down its inbox, and nobody knows which."""
+        if not self.is_needed(helper):
+            return  # its inbox is none that anybody asks by
         self.log.write("error", "a worker has shut down what all workers ask by: ending them all")
+        culprits = [helper.generation]
+        if helper.generation is self.newest:
+            if not self.start_over():
+                self.order(helper, Order.STOP)  # the next one will find the same
+                return
+            culprits = self.generations[:-1]
         for pid, child in self.children.items():
-            if child.kind == "worker":
+            if child.kind == "worker" and child.generation in culprits:
                 os.kill(pid, signal.SIGKILL)
-            else:
+
+    def start_over(self) -> bool:
+        """Take new inboxes and new children for the same configuration; False if that cannot be done."""
+        outgoing = self.newest
+        try:
+            inbox, places = make_inbox(), self.count_places(self.config)
+            generation = Generation(outgoing.number + 1, self.config, outgoing.accounts, places)
+        except OSError as error:
+            self.log.write("error", f"cannot make another inbox: {error.strerror}")
+            return False
+        for end in self.resolver_inbox:
+            end.close()
+        self.resolver_inbox = inbox
+        self.generations.append(generation)
+        outgoing.close_lock()
+        for child in self.children.values():
+            if child.kind == "resolver":
                 self.order(child, Order.STOP)
-        for inbox in (*self.resolver_inbox, *self.warden_inbox):
-            inbox.close()
-        self.resolver_inbox, self.warden_inbox = make_inbox(), make_inbox()
-        self.generation += 1
-        self.due = []
         self.spawn_children()
+        return True
 
     def reap_soon(self, pid: int, child: Child) -> None:
         """Wait for a child that has closed its control socket: it is ending, or no longer to be trusted."""
@@ -13340,10 +13547,9 @@ class Mother:
             return
         del self.children[pid]
         self.bury(child, status)
-        if child.generation == self.generation:
+        if self.is_needed(child):
             self.log.write("warning", f"{child.kind} {pid} exited unexpectedly{describe_status(status)}")
-            when = max(time.monotonic(), self.last_spawn + RESPAWN_SECONDS)
-            self.due.append((when, child.kind, child.number))
+        self.plan_successor(child)
 
     # --- the end ---
 

@@ -282,7 +282,7 @@ class Bombardment:
         helper = sockd.Resolver() if kind == "resolver" else sockd.Warden(config, log)
 
         def body(control: socket.socket) -> int:
-            return sockd.run_helper(serving, read_end, control, helper)
+            return sockd.run_helper(serving.log, read_end, control, helper)
 
         self.pid, self.control = sockd.spawn(body)
         read_end.close()

@@ -163,26 +163,6 @@ def count_descriptors(pid: int) -> int:
         return 0
 
 
-def list_descriptors(pid: int) -> list[str]:
-    """List what the descriptors of a process are; nothing when it is gone."""
-    names = []
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                names.append(os.readlink(entry.path))
-    return names
-
-
-def list_listeners(pid: int) -> set[str]:
-    """List those descriptors of a process that are listening TCP sockets."""
-    rows = []
-    for table in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError):
-            rows += [line.split() for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]]
-    listening = "0A"
-    return {f"socket:[{row[9]}]" for row in rows if row[3] == listening} & set(list_descriptors(pid))
-
-
 def count_threads(pid: int) -> int:
     """Count the threads of a process; 0 when it is gone."""
     try:
@@ -545,20 +525,6 @@ class Sockd(Server):
     def command(self) -> list[str]:
         """Give the command that runs sockd."""
         return sockd_command()
-
-    def reload(self, config: str | None = None) -> None:
-        """Reload, and wait until those that serve by the old configuration take no new clients."""
-        with self.handing_over():
-            super().reload(config)
-
-    @contextlib.contextmanager
-    def handing_over(self) -> Iterator[None]:
-        """Wait, behind a reload, until those that serve by the old configuration take no new clients."""
-        before = {process.pid for process in self.processes()} - {self.pid}
-        listeners = list_listeners(self.pid)
-        yield
-        if {process.pid for process in self.processes()} - {self.pid} - before:
-            eventually(lambda: not any(list_listeners(pid) & listeners for pid in before))
 
     def usual(self, options: tuple[str, ...]) -> tuple[str, ...]:
         """Run one worker where a test says nothing: processes are then countable on every machine."""

@@ -152,7 +152,7 @@ DIFFERENCES = {
     "on_hup": "SIGHUP",
     "find_redirect": "Redirected replies",
     "_check_disconnects": "Disconnect ratio",
-    "renew_counts": "Counts and reloads",
+    "reload": "Counts and reloads",
     # test_grammar.FRIENDLY
     "addr-dotted-mask": "Masks",
     "addr-no-mask": "Masks",

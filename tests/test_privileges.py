@@ -291,9 +291,8 @@ def test_jail_survives_reload_and_log_rotation(
     for number, text in enumerate((config, blocked)):
         log.rename(tmp_path / f"log.{number}")
         server.config_path.write_text(text)
-        with server.handing_over():
-            server.signal(signal.SIGHUP)
-            eventually(lambda: log.exists() and "SIGHUP ]" in log.read_text())
+        server.signal(signal.SIGHUP)
+        eventually(lambda: log.exists() and "SIGHUP ]" in log.read_text())
     with Client(server.addresses[0]) as client:
         assert client.open5(CONNECT, "localhost", peer("echo").port, LOGIN).code == 2
     eventually(lambda: "block(1): tcp/connect ]" in log.read_text())
