@@ -716,7 +716,6 @@ NEEDS_UPNP = "it needs a UPnP library"
 # Keywords and values that are parsed but not acted upon: to support one, take its line out.
 # A value stands behind its keyword; a name that ends in a dot stands for all that begin so.
 UNSUPPORTED = {
-    "extension": NOT_YET,
     "bsdauth.stylename": NEEDS_OPENBSD,
     "hostid": NEEDS_HOSTID,
     "hostid block": NEEDS_HOSTID,
@@ -9201,6 +9200,8 @@ class Serving(NamedTuple):
     keepalive: bool = True
     counts: Counts | None = None  # None: no rule limits its sessions
     upstreams: Upstreams | None = None  # None: there is no route
+    # Runs a part of the session of a client in a thread of its own; RuntimeError, MemoryError.
+    start_thread: Callable[[Endpoint, Callable[[], None]], None] | None = None  # the worker's
 
 
 # ---- what internal.log and external.log name (sockd.conf(5), LOGS OF ERRORS)
@@ -9866,22 +9867,29 @@ class Session:
         if decision.verdict == "pass":
             self.request_rule = decision.rule
             decision = self.count(decision)
-        if decision.verdict == "pass" and self.config.monitors:
-            monitor = find_monitor(self.config.monitors, facts, self.lookup)
-            if monitor is not None and monitor.alarms and self.serving.counts is not None:
-                self.meter = self.serving.counts.meter(monitor)
+        if decision.verdict == "pass":
+            self.meter = self.open_meter(facts)
         return decision
 
+    def open_meter(self, facts: Facts) -> Meter | None:
+        """Return what adds a relay to the monitor that the facts belong to, if there is one."""
+        if not self.config.monitors or self.serving.counts is None:
+            return None
+        monitor = find_monitor(self.config.monitors, facts, self.lookup)
+        return self.serving.counts.meter(monitor) if monitor is not None and monitor.alarms else None
+
     def make_budget(self, rule: Rule) -> Budget | None:
-        """Return the session's part in a bandwidth: of the rule, of the request's, or of the client-rule."""
+        """Return the session's part in a bandwidth, which it owns."""
+        self.budget = self.open_budget(rule)
+        return self.budget
+
+    def open_budget(self, rule: Rule) -> Budget | None:
+        """Return a relay's part in a bandwidth: of the rule, of the request's, or of the client-rule."""
         counts = self.serving.counts
         if counts is None:
             return None
-        for limited in (rule, self.request_rule, self.client_rule):
-            if limited.bandwidth:
-                self.budget = Budget(counts, limited)
-                break
-        return self.budget
+        limited = (rule, self.request_rule, self.client_rule)
+        return next((Budget(counts, one) for one in limited if one.bandwidth), None)
 
     def count(self, decision: Decision) -> Decision:
         """Count a session under the rule that passed it, or block it."""
@@ -10409,6 +10417,8 @@ BIND_EXTENSION = "255.255.255.255"  # a DST.ADDR that asks for several peers (so
 class BindRequest:
     """BIND (RFC 1928 section 4): listen for one peer on the client's behalf."""
 
+    backlog = 1  # peers that may wait for us
+
     def __init__(self, session: Session, request: Request) -> None:
         self.session = session
         self.request = request
@@ -10453,7 +10463,7 @@ class BindRequest:
         bound = endpoint_of(listener.getsockname(), listener.family)
         session.set_options(listener, decision.rule, "external")
         listener.setblocking(False)
-        listener.listen(1)
+        listener.listen(self.backlog)
         path = f"{session.record.side} -> {bound} {describe_endpoint(self.target)}"
         self.announce(decision.rule, path, bound)
         self.serve_peer(decision.rule, listener, bound)
@@ -10486,7 +10496,7 @@ class BindRequest:
 
     def bind(self, external: Endpoint) -> socket.socket:
         """Return a socket bound to an external address, on the wanted port where Dante would take it."""
-        wanted = self.target.port if self.target.host in IP_ANY else 0
+        wanted = self.wanted_port()
         bound = None
         if 0 < wanted < 1024:
             bound = self.session.bind_privileged(external._replace(port=wanted), "tcp")
@@ -10494,6 +10504,10 @@ class BindRequest:
             return bound or bind_first(external, (wanted, 0) if wanted >= 1024 else (0,))
         except OSError as error:
             raise Refused(f"could not bind {external}: {error.strerror}", reply_for(error)) from None
+
+    def wanted_port(self) -> int:
+        """Return the port that the client would like; 0: any."""
+        return self.target.port if self.target.host in IP_ANY else 0
 
     def rebind(self, rule: Rule, listener: socket.socket) -> socket.socket:
         """Return the socket to listen on: another one where the rule says `redirect from`; Refused, OSError.
@@ -10638,6 +10652,306 @@ class BindRequest:
         records = TcpRecords(session, rule, "tcp/bindreply", *path, (peer_side, client_side))
         self.sides = client_side, peer_side
         self.end = run_relay(session, records, client_side, peer_side)
+
+
+class Forwarding:
+    """One peer of a BIND for several, relayed over a connection back to the client.
+
+    Owned by its own thread from `run` on; only `cut` is for the session's.
+    """
+
+    def __init__(
+        self,
+        request: ExtendedBindRequest,
+        rule: Rule,
+        back: socket.socket,
+        connection: socket.socket,
+        peer: Endpoint,
+    ) -> None:
+        self.request = request
+        self.session = request.session
+        self.rule = rule
+        self.peer = peer
+        self.source = endpoint_of(back.getsockname(), back.family)  # what the client sees us call from
+        self.client_side = Side(back, "local client")
+        self.peer_side = Side(connection, "remote peer")
+        self.places: list[Place] = []  # held of the session limits of the rule
+        self.budget: Budget | None = None
+        self.meter: Meter | None = None
+        self.is_cut = False
+
+    def run(self) -> None:
+        """Call the client back and relay, until both are done or `cut`."""
+        try:
+            if self.call_back():
+                self.relay()
+        finally:
+            self.request.release(self)
+
+    def call_back(self) -> bool:
+        """Connect to where the client's request came from; False after the record of a failure."""
+        session, back = self.session, self.client_side.connection
+        deadline = deadline_after(self.rule.timeouts.connect)
+        try:
+            Race([session.client], lambda _: back, session.connection.fileno(), deadline).run()
+        except (SockdError, OSError) as error:
+            if not self.is_cut:
+                self.request.record_failure(self.rule, self.peer, self.source, str(error))
+            return False
+        return not self.is_cut
+
+    def relay(self) -> None:
+        # As Dante: a bindreply is recorded from the peer's end.
+        session = self.session
+        path = (f"{self.peer} {self.request.bound}", f"{self.source} {session.client}")
+        sides = (self.peer_side, self.client_side)
+        records = TcpRecords(session, self.rule, "tcp/bindreply", *path, sides)
+        records.opened()
+        relay = TcpRelay(self.client_side, self.peer_side, self.rule.timeouts, records.observer())
+        relay.budget, relay.meter = self.budget, self.meter
+        reason = relay.run()
+        if self.is_cut:
+            reason = ENDED_BY_US if session.stopping else CLIENT_CLOSED
+        session.note_end(self.rule, reason)
+        records.closed(reason)
+
+    def cut(self) -> None:
+        """Make the relay end now."""
+        self.is_cut = True
+        if self.budget is not None:
+            self.budget.cancel()
+        for side in (self.client_side, self.peer_side):
+            try:
+                side.connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it has ended already
+
+    def close(self) -> None:
+        """Give back everything."""
+        self.client_side.connection.close()
+        self.peer_side.connection.close()
+        if self.budget is not None:
+            self.budget.close()
+        if self.meter is not None:
+            self.meter.close()
+        counts = self.session.serving.counts
+        for place in self.places:
+            if counts is not None:
+                counts.leave(place)
+
+
+MOST_FORWARDED = 32  # peers of one BIND at a time: as many sessions as one of Dante's processes relays
+CUT_SECONDS = 5.0  # for threads that have been cut to end
+
+
+class ExtendedBindRequest(BindRequest):
+    """BIND for several peers: Dante's extension (sockd.conf(5), extension).
+
+    The client's connection stays what it is.  For each peer there is a connection back to the address and
+    port that it comes from, and the client, which listens there, may ask over it, by a BIND request with
+    the address that such a connection comes from, who the peer is.
+    """
+
+    backlog = MOST_FORWARDED
+
+    def __init__(self, session: Session, request: Request) -> None:
+        super().__init__(session, request)
+        families = external_families(session.config, session.lookup)
+        only_ipv6 = 4 not in families and request.version == SOCKS5
+        self.target = Endpoint("::", 0, 6) if only_ipv6 else UNSPECIFIED
+        self.bound = UNSPECIFIED
+        self.forwarded: set[Forwarding] = set()
+        self.gate = threading.Lock()  # guards `forwarded`, and `ended` while there are any
+        self.ended = -1  # an eventfd: written when one has ended
+        self.sent = 0  # bytes to the client, by those that have ended
+        self.received = 0  # bytes to peers
+        self.has_forwarded = False
+
+    def wanted_port(self) -> int:
+        # As Dante: the port of the request means nothing here.
+        return self.session.client.port
+
+    def listen(self) -> socket.socket:
+        session = self.session
+        if session.seal is not None:
+            # Unlike Dante: what GSS-API protects does not go to the client in the clear.
+            raise Refused("bind extension: GSS-API would not protect the connections", Reply.NOT_ALLOWED)
+        if session.serving.upstreams is not None:
+            paths = session.find_paths("bind", self.target, (self.target,))
+            if not paths or paths[0].steps:
+                text = NO_UPSTREAM_COMMAND.format("bind")
+                raise Refused(
+                    f"could not get address to use on external side: {text}", Reply.NETWORK_UNREACHABLE
+                )
+        return super().listen()
+
+    def serve_peer(self, rule: Rule, listener: socket.socket, bound: Endpoint) -> None:
+        """Forward whoever connects, until the client leaves; then leave why in `reason`.
+
+        Unlike Dante 1.4, which closes the client's connection at the first peer and then relays nothing.
+        """
+        session = self.session
+        if session.meter is not None:
+            session.meter.close()  # each peer has its own
+            session.meter = None
+        self.bound = bound
+        side = session.record.side
+        session.describe_io = lambda: f"{side} -> {bound}: {len(self.forwarded)} peers forwarded"
+        self.ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self.answer_queries()
+            while not session.stopping:
+                self.work(rule, listener)
+            self.reason = ENDED_BY_US
+        except PeerGone:
+            self.reason = ENDED_BY_US if session.stopping else "eof from client"
+        except DeadlinePassed:
+            self.reason = "i/o timeout"
+        except (ProtocolError, OSError) as error:
+            self.verdict, self.above = "block", REQUEST_NOT_PERFORMED
+            fault = error.strerror if isinstance(error, OSError) else error
+            self.reason = f"receiving request from client failed ({fault})"
+        finally:
+            listener.close()
+            self.end_forwarding()
+
+    def work(self, rule: Rule, listener: socket.socket) -> None:
+        """Do what there is to do; PeerGone, DeadlinePassed, ProtocolError, OSError."""
+        poller, session = select.poll(), self.session
+        poller.register(session.connection.fileno(), select.POLLIN)
+        poller.register(self.ended, select.POLLIN)
+        if len(self.forwarded) < MOST_FORWARDED:
+            poller.register(listener.fileno(), select.POLLIN)
+        idle = NO_DEADLINE if self.forwarded else deadline_after(rule.timeouts.io_tcp)
+        ready = {descriptor for descriptor, _ in poller.poll(poll_milliseconds(idle))}
+        if not ready and time.monotonic() >= idle:
+            raise DeadlinePassed("i/o timeout")
+        if self.ended in ready:
+            os.eventfd_read(self.ended)
+        if session.connection.fileno() in ready:
+            session.stream.read_more(NO_DEADLINE)
+            self.answer_queries()
+        if listener.fileno() in ready:
+            self.take_peer(rule, listener)
+
+    def answer_queries(self) -> None:
+        """Tell the client which peers the connections it asks about belong to; ProtocolError, OSError."""
+        assert self.session.request is not None
+        version, pending = self.session.request.version, self.session.stream.pending
+        while pending:
+            if pending[0] != version:
+                raise ProtocolError(f"unknown version {pending[0]} in request")
+            found = decode_request(pending)
+            if found is None:
+                return
+            query, length = found
+            del pending[:length]
+            if query.command != "bind":
+                raise ProtocolError(f"{query.command} request where only a question about a peer can be")
+            self.session.reply(Reply.SUCCEEDED, self.find_peer(query.target))
+
+    def find_peer(self, source: Endpoint) -> Endpoint:
+        """Return whose data goes over a connection that the client sees come from `source`.
+
+        As Dante: the unspecified address is the answer for one that is none of ours.
+        """
+        with self.gate:
+            forwarding = next((one for one in self.forwarded if one.source == source), None)
+        if forwarding is None:
+            return UNSPECIFIED
+        told = find_redirect(forwarding.rule, self.session.client_rule, "bindreply").source
+        return redirected_endpoint(told, forwarding.peer.port) if told else forwarding.peer
+
+    def take_peer(self, rule: Rule, listener: socket.socket) -> None:
+        """Let the next peer in, if the rules do."""
+        session = self.session
+        try:
+            connection, address = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # it has gone already
+        peer = endpoint_of(address, connection.family)
+        held = len(session.places)
+        decision = session.decide(
+            session.facts("bindreply", session.client)._replace(source=peer), connection
+        )
+        if decision.verdict == "pass":
+            decision = session.count(decision)
+        places = session.places[held:]
+        del session.places[held:]
+        if decision.verdict == "block":
+            # Unlike Dante: who may not come in does not end the BIND.
+            self.log_stranger(decision.rule, peer, self.bound, decision.reason)
+            connection.close()
+            return
+        self.forward(decision.rule, connection, peer, places)
+
+    def forward(self, rule: Rule, connection: socket.socket, peer: Endpoint, places: list[Place]) -> None:
+        """Start the thread that calls the client back for a peer."""
+        session = self.session
+        back = socket.socket(FAMILY_OF[session.client.family], socket.SOCK_STREAM)
+        back.bind(socket_address(session.local._replace(port=0)))
+        for opened in (back, connection):
+            opened.setblocking(False)
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(session.serving.keepalive))
+        session.set_options(back, rule, "internal")
+        forwarding = Forwarding(self, rule, back, connection, peer)
+        forwarding.places = places
+        forwarding.budget = session.open_budget(rule)
+        forwarding.meter = session.open_meter(session.facts("bind", self.bound))
+        with self.gate:
+            self.forwarded.add(forwarding)
+        self.has_forwarded = True
+        assert session.serving.start_thread is not None
+        try:
+            session.serving.start_thread(session.client, forwarding.run)
+        except (RuntimeError, MemoryError) as error:
+            self.record_failure(rule, peer, forwarding.source, str(error) or "out of memory")
+            self.release(forwarding)
+
+    def record_failure(self, rule: Rule, peer: Endpoint, source: Endpoint, reason: str) -> None:
+        """Record a peer whose data could not be brought to the client.
+
+        Unlike Dante: that does not end the BIND.
+        """
+        if not LOGS_AN_ERROR.isdisjoint(rule.log):
+            path = f"{peer} {self.bound} -> {source} {self.session.client}"
+            self.session.record.write("block", rule, "tcp/bindreply", "]", f"{path}: {reason}")
+
+    def release(self, forwarding: Forwarding) -> None:
+        """Give back what a peer held, once.  Called by its thread as well as by the session's."""
+        with self.gate:
+            if forwarding not in self.forwarded:
+                return
+            self.forwarded.remove(forwarding)
+            self.sent += forwarding.client_side.sent
+            self.received += forwarding.peer_side.sent
+            forwarding.close()
+            os.eventfd_write(self.ended, 1)
+
+    def end_forwarding(self) -> None:
+        """Cut what still goes on, and wait for its threads."""
+        deadline = time.monotonic() + CUT_SECONDS
+        with self.gate:
+            left = tuple(self.forwarded)
+        for forwarding in left:
+            forwarding.cut()
+        try:
+            while self.forwarded:
+                wait_for(self.ended, select.POLLIN, deadline)
+                os.eventfd_read(self.ended)
+        except DeadlinePassed:
+            pass  # a thread that died before its first step, for want of memory
+        for forwarding in left:
+            self.release(forwarding)
+        with self.gate:
+            os.close(self.ended)
+
+    def finish_above(self) -> None:
+        if self.has_forwarded and self.verdict == "pass":
+            self.session.record.closed(self.sent, self.received, self.reason)
+        else:
+            super().finish_above()
 
 
 class RoutedBindRequest(BindRequest):
@@ -11158,6 +11472,20 @@ REQUESTS: dict[str, type[ConnectRequest | BindRequest | UdpRequest]] = {
 ROUTED_REQUESTS = REQUESTS | {"bind": RoutedBindRequest, "udpassociate": RoutedUdpRequest}
 
 
+def choose_request(
+    session: Session, request: Request
+) -> type[ConnectRequest | BindRequest | UdpRequest | ExtendedBindRequest]:
+    """Return the class that serves a request."""
+    if (
+        request.command == "bind"
+        and request.target.host == BIND_EXTENSION
+        and "bind" in session.config.extension
+    ):
+        return ExtendedBindRequest
+    requests = REQUESTS if session.serving.upstreams is None else ROUTED_REQUESTS
+    return requests[request.command]
+
+
 # ============================== 17. HTTP ==============================
 # A client that speaks HTTP on the port for SOCKS (proxyprotocol: http): CONNECT, and requests with the
 # whole URI, one after the other.  Each is judged, connected and recorded as the same CONNECT in SOCKS would
@@ -11641,8 +11969,7 @@ def serve_client(session: Session) -> None:
             if session.request.version == HTTP1:
                 HttpConversation(session).run()
             else:
-                requests = REQUESTS if session.serving.upstreams is None else ROUTED_REQUESTS
-                requests[session.request.command](session, session.request).run()
+                choose_request(session, session.request)(session, session.request).run()
     except (OSError, DeadlinePassed) as error:
         session.lose_client(error)
     finally:
@@ -11736,7 +12063,7 @@ class Worker:
     """
 
     def __init__(self, serving: Serving, listeners: Sequence[socket.socket], control: socket.socket) -> None:
-        self.serving = serving
+        self.serving = serving._replace(start_thread=self.start_beside)
         self.log = serving.log
         self.listeners = {listener.fileno(): listener for listener in listeners}
         self.control = control
@@ -11848,6 +12175,10 @@ class Worker:
         """
         _thread.start_new_thread(self.serve_sessions, ())
 
+    def start_beside(self, client: Endpoint, work: Callable[[], None]) -> None:
+        """Start a thread for a part of a client's session; RuntimeError or MemoryError as for a client."""
+        _thread.start_new_thread(self.run_session, (client, work))
+
     def serve_sessions(self) -> None:
         """Wait for a client, serve it, and so on: the life of a thread.  It ends when it is not needed."""
         while True:
@@ -11861,7 +12192,10 @@ class Worker:
                 self.sessions.discard(session)
                 time.sleep(ACCEPT_PAUSE_SECONDS)
                 continue
-            self.run_session(session)
+            try:
+                self.run_session(session.client, functools.partial(serve_client, session))
+            finally:
+                self.sessions.discard(session)
 
     def call_successor(self) -> bool:
         """Start the thread that will wait while this one serves; False if there can be none."""
@@ -12023,18 +12357,16 @@ class Worker:
             self.complained = True
             self.log.write("warning", f"{text}; refusing new clients until there is room again")
 
-    def run_session(self, session: Session) -> None:
-        """Run one session; an error of ours ends this session and no other."""
+    def run_session(self, client: Endpoint, work: Callable[[], None]) -> None:
+        """Run one session, or a part of it; an error of ours ends that and nothing else."""
         try:
-            serve_client(session)
+            work()
             self.short_until = 0.0  # what it had is free, and so is its thread
         except MemoryError:
             self.run_short("out of memory")
         except Exception as error:  # the one place for what nobody expected
-            text = f"internal error in the session of {session.client}: {describe_bug(error)}"
+            text = f"internal error in the session of {client}: {describe_bug(error)}"
             self.log.write("error", text)
-        finally:
-            self.sessions.discard(session)
 
 
 NOBODY = b"0"  # in the place of a pid, where a helper cannot tell which worker went wrong
