@@ -11995,6 +11995,7 @@ DRAIN_MILLISECONDS = 200  # how often a worker without listeners looks whether i
 ACCEPT_PAUSE_SECONDS = 0.1  # after the system ran out of descriptors, memory or threads
 RESOLVER_THREADS = 128  # questions answered at once; more wait in the inbox
 INITIATORS = 64  # log-ins to upstreams at once; each lasts a round trip, or until timeout.connect
+INITIATORS_OF_ONE = 32  # so that one upstream which is silent does not hold up those to others
 VERIFIERS = 64  # password checks at once; a PAM module may sleep 2 seconds over each
 
 
@@ -12520,7 +12521,8 @@ class Warden:
         self.services = {rule.pam_servicename.encode("latin-1") for rule in rules}
         self.upstreams = list_services(config)
         self.children: dict[int, str] = {}  # pid -> the client's address; "" if it checks no password
-        self.initiators: set[int] = set()  # those of them that wait for what upstreams say
+        # Those of them that wait for what an upstream says, and which.
+        self.initiators: dict[int, tuple[bytes, ...]] = {}
         self.failures = Failures()
 
     def grant(self, question: Question) -> None:
@@ -12550,12 +12552,13 @@ class Warden:
     def begin_initiation(self, question: Question) -> None:
         """Answer in a child that lasts as long as its upstream: those that are slow hold up no password."""
         self.reap(must_wait=False)
-        if len(self.initiators) >= INITIATORS:
+        service, held = tuple(question.fields), list(self.initiators.values())
+        if len(held) >= INITIATORS or held.count(service) >= INITIATORS_OF_ONE:
             question.reply([b"too many log-ins to proxy servers at a time"])
             return
         pid = self.check(question, lambda: self.initiate(question), "")
         if pid:
-            self.initiators.add(pid)
+            self.initiators[pid] = service
 
     def check(self, question: Question, body: Callable[[], bool], host: str) -> int:
         """Answer a question in a child; `host` is the client's address if it is about a password.
@@ -12602,7 +12605,7 @@ class Warden:
             if pid == 0:
                 return
             host = self.children.pop(pid)
-            self.initiators.discard(pid)
+            self.initiators.pop(pid, None)
             failed = bool(status and host)
             if failed and self.failures.note(host, time.monotonic()) and self.config.login_penalty:
                 source = Failures.find_source(host)

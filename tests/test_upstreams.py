@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_gssapi_upstreams
 from client import BIND, CONNECT, GRANTED, NO_METHOD, PASSWORD_METHOD, Client, UdpClient, wrap
 from conftest import Factory
 from more_peers import rule, run_all, wait_for_line, wait_for_record
@@ -1048,6 +1049,8 @@ CHAINS = {
         "test_password_of_the_client_is_passed_on_where_the_route_says_so"),
     "log-in with a password from a file": (
         "no", "`credentials`", "test_credentials_of_the_route_are_used_and_never_logged"),
+    "log-in with a Kerberos ticket": (
+        "Debian's is built without", "`method: gssapi`, with protection", "test_connect_goes_by_ticket"),
 }  # fmt: skip
 README = Path(__file__).parent.parent / "README.md"
 
@@ -1057,14 +1060,14 @@ def test_readme_has_the_table_of_what_is_chained() -> None:
     lines += [f"| {row} | {theirs} | {ours} |" for row, (theirs, ours, _) in CHAINS.items()]
     table = "\n".join(lines)
     assert table in README.read_text(), f"README should have:\n{table}"
-    assert {test for _, _, test in CHAINS.values()} <= set(globals())
+    assert {test for _, _, test in CHAINS.values()} <= {*globals(), *vars(test_gssapi_upstreams)}
 
 
 @pytest.mark.dante
 @pytest.mark.parametrize(
     "lines",
     ["command: bind", "command: udpassociate", "via: 127.0.0.1 port = 1081", "balance: random",
-     "resolve: there", "credentials: /dev/null"],
+     "resolve: there", "credentials: /dev/null", "method: gssapi"],
 )  # fmt: skip
 def test_danted_has_no_such_route(lines: str, tmp_path: Path) -> None:
     need_danted()
