@@ -572,6 +572,7 @@ SLASH = re.compile(r"/")
 DASH = re.compile(r"-")
 OPEN_BRACE = re.compile(r"\{")
 CLOSE_BRACE = re.compile(r"\}")
+# Unlike Dante: a word has an end, so "port80" is no port and "connectbind" no list of commands.
 KEYWORD_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 VALUE_WORD = re.compile(r"[^\x00-\x20\x7f\\{}:,#]+")
 NUMBER_WORD = re.compile(r"-?[0-9][A-Za-z0-9_.]*")
@@ -1207,6 +1208,7 @@ def check_literal(parser: Parser, endpoint: Endpoint, token: Token) -> Endpoint:
 
 def take_address(parser: Parser, keyword: Token) -> Token:
     """Take the word of an address; it may follow the colon without a blank, unlike Dante's."""
+    # Unlike Dante: where the address was forgotten, the keyword that follows is no host name.
     word = parser.scanner.look(ADDRESS_WORD)
     if word is None or word.text == "port" or setting_follows(parser, FILE_WORD):
         raise Mistake(f'"{keyword.text}" needs an address, in the same line', keyword)
@@ -1626,28 +1628,41 @@ def read_route_methods(parser: Parser, keyword: Token) -> tuple[str, ...]:
 
 # ---- libwrap, processors, logs of errors
 
-# hosts_options(5)
-LIBWRAP_OPTIONS = frozenset(
-    [
-        "aclexec",
-        "banners",
-        "group",
-        "keepalive",
-        "linger",
-        "nice",
-        "rfc931",
-        "setenv",
-        "severity",
-        "spawn",
-        "twist",
-        "umask",
-        "user",
-    ]
-)
+# hosts_options(5): what may stand behind each option, as libwrap of Debian takes it.
+LIBWRAP_OPTIONS = {
+    "aclexec": r".+",
+    "banners": r".+",
+    "group": r".+",
+    "keepalive": r"",
+    "linger": r"[0-9]+",
+    "nice": r"(?:[-+]?[0-9]+)?",
+    "rfc931": r"(?:0*[1-9][0-9]*)?",
+    "setenv": r".+",
+    "severity": r"(?:(?:kern|user|mail|daemon|auth|lpr|news|uucp|cron|local[0-7])\.)?"
+    r"(?:emerg|alert|crit|err|warning|notice|info|debug)",
+    "spawn": r".+",
+    "twist": r".+",
+    "umask": r"0*[0-7]{1,3}",
+    "user": r".+",
+}
+
+
+def check_libwrap_option(option: str, token: Token) -> None:
+    """Check one option and what stands behind it; `token` is its name."""
+    name, value = token.text.lower(), re.sub(r"[\s=]*$|^[\s=]*", "", option.strip()[len(token.text) :])
+    if name in ("allow", "deny"):
+        raise Mistake(
+            f'"{token.text}" is for hosts.allow and hosts.deny: the verdict is the rule\'s own', token
+        )
+    if name not in LIBWRAP_OPTIONS:
+        text = f'"{shorten(token.text)}" is no option of hosts_options(5)'
+        raise Mistake(text, token, find_similar(token.text, LIBWRAP_OPTIONS))
+    if not re.fullmatch(LIBWRAP_OPTIONS[name], value, re.IGNORECASE):
+        raise Mistake(f'"{shorten(value)}" cannot stand behind "{token.text}" (hosts_options(5))', token)
 
 
 def read_libwrap(parser: Parser, keyword: Token) -> str:
-    """Read the rest of the line and check the names of its options (hosts_options(5))."""
+    """Read the rest of the line and check its options (hosts_options(5))."""
     start = parser.scanner.offset
     line = read_rest(parser, keyword).strip()
     if not line:
@@ -1655,18 +1670,8 @@ def read_libwrap(parser: Parser, keyword: Token) -> str:
     # A colon within an option is written "\:".
     for option in re.split(r"(?<!\\):", line):
         words = option.replace("=", " ").split()
-        if words and words[0].lower() in ("allow", "deny"):
-            raise Mistake(
-                f'"{words[0]}" is for hosts.allow and hosts.deny: the verdict is the rule\'s own',
-                Token(words[0], parser.scanner.text.find(words[0], start)),
-            )
-        if words and words[0].lower() not in LIBWRAP_OPTIONS:
-            offset = parser.scanner.text.find(words[0], start)
-            raise Mistake(
-                f'"{shorten(words[0])}" is no option of hosts_options(5)',
-                Token(words[0], offset),
-                find_similar(words[0], LIBWRAP_OPTIONS),
-            )
+        if words:
+            check_libwrap_option(option, Token(words[0], parser.scanner.text.find(words[0], start)))
     return line
 
 
@@ -1698,7 +1703,8 @@ def read_schedule(parser: Parser, keyword: Token) -> tuple[tuple[str, str, int],
     slash = parser.scanner.take(SLASH)
     if not slash:
         raise Mistake(f'"{word.text}" needs a priority', word, f"write e.g. {word.text}/0")
-    return ((process, policy, parse_number(parser, 0, 99)),)
+    # As Dante: what the kernel does not take is a warning once the server runs.
+    return ((process, policy, parse_large_number(parser, 0, MAX_OPTION)),)
 
 
 def read_mask(parser: Parser, keyword: Token) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -2897,6 +2903,7 @@ def check_route_addresses(parser: Parser, draft: Draft, is_direct: bool) -> None
     if draft.values["source"].kind == "interface":
         parser.error("a route cannot be from an interface", draft.places["from"], "write its network")
     for name in ("proxyprotocol", "credentials", "balance", "resolve"):
+        # Unlike Dante: with a proxyprotocol it takes "direct" for the name of a proxy.
         if is_direct and name in draft.places:
             parser.error(f"a direct route has no {name}", draft.places[name])
 

@@ -110,9 +110,12 @@ def test_readme_has_the_table_of_the_program(table: str) -> None:
 # -> the bold words in README's differences.
 DIFFERENCES = {
     # sockd.py
+    "KEYWORD_WORD": "Word borders",
     "warn_of_comma": "Commas",
     "take_values": "Lists",
     "error_logs": "Errors of a rule",
+    "take_address": "Words for addresses",
+    "check_route_addresses": "direct",
     "parse_mask": "Masks",
     "parse_masked": "Masks",
     "parse_port": "port: N",
