@@ -1319,15 +1319,15 @@ def parse_masked(parser: Parser, keyword: Token) -> RuleAddress:
 
 
 def find_service(parser: Parser, token: Token) -> int:
-    """Look a service up, in the protocols that the rule has named before."""
+    """Look a service up.  As Dante: each protocol that the rule has named before must have it."""
     named = parser.draft.values.get("protocols", frozenset())
-    for protocol in ("tcp", "udp"):
-        if named and protocol not in named:
-            continue
-        port = parser.surroundings.service(token.text, protocol)
-        if port is not None:
-            return port
-    where = f" for {describe_words(sorted(named))}" if named else ""
+    asked = [protocol for protocol in ("tcp", "udp") if protocol in named] or ["tcp", "udp"]
+    found = {protocol: parser.surroundings.service(token.text, protocol) for protocol in asked}
+    missing = [protocol for protocol, port in found.items() if port is None]
+    ports = [port for port in found.values() if port is not None]
+    if ports and not (named and missing):
+        return ports[0]
+    where = f" for {describe_words(missing)}" if named else ""
     raise Mistake(
         f'there is no service "{shorten(token.text)}"{where}',
         token,
@@ -1750,6 +1750,8 @@ def read_error_log(parser: Parser, keyword: Token) -> tuple[ErrorLog, ...]:
     side, level = find_side_and_level(keyword)
     symbols = []
     for word in take_values(parser, keyword, VALUE_WORD):
+        if not word.text[0].isalpha():
+            raise Mistake(f'{describe_token(word)} is no value for "{keyword.text}"', word)
         symbol = word.text.lower() if "-" in word.text else word.text.upper()
         if is_error_symbol(symbol):
             symbols.append(symbol)
@@ -2400,9 +2402,9 @@ def resolve_keyword(parser: Parser, word: Token) -> Keyword:
     return keyword
 
 
-def parse_colon(parser: Parser, keyword: Keyword, word: Token) -> None:
+def parse_colon(parser: Parser, word: Token) -> None:
     # The one keyword that has neither colon nor value.
-    if keyword.name.endswith("alarm.mtu-error") or parser.scanner.take_further(COLON):
+    if word.text.endswith("alarm.mtu-error") or parser.scanner.take_further(COLON):
         return
     found = parser.scanner.next_token()
     raise Mistake(f'expected ":" after "{word.text}", not {describe_token(found)}', found)
@@ -2446,15 +2448,21 @@ def check_address_order(parser: Parser, name: str, word: Token) -> None:
             draft.broken.add(first)
 
 
+def is_gone(word: Token) -> bool:
+    # As Dante: whatever kind of process the second one names.
+    return word.text in GONE or word.text.startswith("child.maxidle.")
+
+
 def parse_setting(parser: Parser, word: Token) -> None:
     """Read one keyword and its value, and keep it in the draft."""
-    if word.text in GONE:
+    if is_gone(word):
+        parse_colon(parser, word)
         parser.warn(f'keyword "{word.text}" has no meaning any more', word, "leave it out")
         read_rest(parser, word)
         return
     word = take_second_word(parser, word)
     keyword = resolve_keyword(parser, word)
-    parse_colon(parser, keyword, word)
+    parse_colon(parser, word)
     if parser.draft is not parser.settings:
         check_address_order(parser, keyword.name, word)
     draft = parser.draft
@@ -2577,7 +2585,7 @@ def parse_statement(parser: Parser) -> None:
     name = take_object_name(parser, word)
     if name:
         return parse_object(parser, word, name)
-    if parser.objects and find_keyword(word.text):
+    if parser.objects and (find_keyword(word.text) or word.text in LEGACY):
         text = f'the global setting "{word.text}" stands below a rule'
         parser.error(text, word, "move it above the first rule")
     return parse_setting(parser, word)

@@ -693,6 +693,8 @@ def test_parse_reads_an_alarm(line: str, expected: tuple[object, ...]) -> None:
         ("cpu.mask.io: 900", 14, "this machine has no CPU 900", ""),
         ("cpu.mask.foo: 0", 1, 'there is no process "foo"', ""),
         ("cpu.schedule.io: fast/1", 18, "needs a scheduling policy", ""),
+        ("internal.log.info.error: econnrefused 6EAI", 39, '"6EAI" is no value', ""),
+        ("localdomain example.com", 13, 'expected ":" after "localdomain"', ""),
         ("cpu.schedule.io: fifo", 18, '"fifo" needs a priority', "fifo/0"),
         ("external.tcp.TCP_NODELAY: 1", 1, "unknown socket option", 'mean "tcp_nodelay"?'),
         ("external.ip.ip_tos.dscp: foo", 26, '"foo" is no value', ""),
@@ -865,6 +867,8 @@ def test_parse_knows_which_replies_can_come_from_a_user(
         ("from: 0/0 to: 0/0 port = 70000", "it must be from 0 to 65535"),
         ("protocol: tcp from: 0/0 to: 0/0 port = tftp", 'no service "tftp" for tcp'),
         ("protocol: udp from: 0/0 to: 0/0 port = ssh", 'no service "ssh" for udp'),
+        ("protocol: tcp udp from: 0/0 to: 0/0 port = ssh", 'no service "ssh" for udp'),
+        ("protocol: udp tcp from: 0/0 to: 0/0 port = tftp", 'no service "tftp" for tcp'),
         ("to: 0/0 from: 0/0", '"from" must stand before "to"'),
         ("from: 0/0 log: data to: 0/0", '"to" must follow directly upon "from"'),
         ("from: 0/0", 'this socks-rule has no "to"'),
@@ -1036,7 +1040,9 @@ def test_parse_complains_of_what_the_whole_file_lacks(text: str, level: str, exp
     assert texts(text, level) == expected
 
 
-@pytest.mark.parametrize("line", ["timeout.io: 5", "internal: lo", "srchost: nodnsunknown"])
+@pytest.mark.parametrize(
+    "line", ["timeout.io: 5", "internal: lo", "srchost: nodnsunknown", "iotimeout: 5", "method: none"]
+)
 def test_parse_refuses_a_global_setting_below_a_rule(line: str) -> None:
     errors = texts(BASE + RULES + line, "error")
     assert errors == [f'the global setting "{line.partition(":")[0]}" stands below a rule']
