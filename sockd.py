@@ -3762,22 +3762,54 @@ def choose_method(methods: tuple[str, ...], offered: Iterable[int]) -> int:
     return NO_ACCEPTABLE_METHOD
 
 
-def external_endpoints(config: Config, family: int, lookup: Lookup) -> tuple[Endpoint, ...]:
-    """Return the outgoing addresses of one family, in the order of the file."""
-    if f"ipv{family}" not in config.external_protocols:
-        return ()
+class Externals(NamedTuple):
+    """The outgoing addresses, in the order of the file."""
+
+    of_family: dict[int, tuple[Endpoint, ...]]
+    families: frozenset[int]  # that connections can leave by
+
+
+def group_externals(endpoints: Iterable[Endpoint], protocols: frozenset[str]) -> Externals:
+    """Return outgoing addresses by family, without those of families that are not to be used."""
+    found: dict[int, tuple[Endpoint, ...]] = {4: (), 6: ()}
+    for endpoint in endpoints:
+        if FAMILY_NAMES[endpoint.family] in protocols:
+            found[endpoint.family] += (endpoint,)
+    return Externals(found, frozenset(family for family in found if found[family]))
+
+
+@functools.lru_cache(maxsize=8)
+def fixed_externals(externals: tuple[External, ...], protocols: frozenset[str]) -> Externals | None:
+    """Return the outgoing addresses of a file that names no interface, else None.
+
+    Each request asks for them several times, so the answer is kept.
+    """
+    endpoints = [external.endpoint for external in externals if external.endpoint is not None]
+    return group_externals(endpoints, protocols) if len(endpoints) == len(externals) else None
+
+
+def find_externals(config: Config, lookup: Lookup) -> Externals:
+    """Return the outgoing addresses as they are now: those of an interface may change."""
+    fixed = fixed_externals(config.external, config.external_protocols)
+    if fixed is not None:
+        return fixed
     found: list[Endpoint] = []
     for external in config.external:
         if external.endpoint is not None:
             found.append(external.endpoint)
         else:
             found += lookup.interface(external.text)
-    return tuple(e for e in found if e.family == family)
+    return group_externals(found, config.external_protocols)
+
+
+def external_endpoints(config: Config, family: int, lookup: Lookup) -> tuple[Endpoint, ...]:
+    """Return the outgoing addresses of one family, in the order of the file."""
+    return find_externals(config, lookup).of_family[family]
 
 
 def external_families(config: Config, lookup: Lookup) -> frozenset[int]:
     """Return the address families that connections can leave by."""
-    return frozenset(family for family in (4, 6) if external_endpoints(config, family, lookup))
+    return find_externals(config, lookup).families
 
 
 # The commands that a client-rule's redirection is inherited by: it is about where the client goes.
@@ -5872,10 +5904,10 @@ def wait_for(descriptor: int, events: int, deadline: float) -> int:
             raise DeadlinePassed("deadline passed")
 
 
-def endpoint_of(address: tuple, family: int) -> Endpoint:  # type: ignore[type-arg]  # what socket gives
+def endpoint_of(address: tuple) -> Endpoint:  # type: ignore[type-arg]  # what socket gives
     """Return a socket address of the socket module as an Endpoint; a mapped IPv4 address as IPv4."""
     host, port = address[0], address[1]
-    if family == socket.AF_INET:
+    if len(address) == 2:
         return Endpoint(host, port, 4)
     if host.startswith("::ffff:") and "." in host:
         return Endpoint(host[7:], port, 4)
@@ -6052,9 +6084,8 @@ def open_external(
         if bound is not None:
             bound.setblocking(False)
             return bound
-    outgoing = socket.socket(FAMILY_OF[external.family], kind)
+    outgoing = socket.socket(FAMILY_OF[external.family], kind | socket.SOCK_NONBLOCK)
     try:
-        outgoing.setblocking(False)
         bind_external(outgoing, external, client)
         return outgoing
     except BaseException:
@@ -6122,7 +6153,7 @@ def route_source(target: Endpoint) -> Endpoint:
     try:
         with socket.socket(FAMILY_OF[target.family], socket.SOCK_DGRAM) as probe:
             probe.connect(socket_address(target._replace(port=target.port or 9)))
-            return endpoint_of(probe.getsockname(), probe.family)._replace(port=0)
+            return endpoint_of(probe.getsockname())._replace(port=0)
     except OSError as error:
         raise Refused(f"no route to {target}: {error.strerror}", reply_for(error)) from None
 
@@ -6205,7 +6236,7 @@ def start_attempt(target: Endpoint, open_for: Callable[[Endpoint], socket.socket
         except BlockingIOError:
             pass
         except OSError as error:
-            source = endpoint_of(connection.getsockname(), connection.family)
+            source = endpoint_of(connection.getsockname())
             raise ConnectFailed(error, source, target, at_once=True) from None
         return Attempt(connection, target)
     except BaseException:
@@ -6213,11 +6244,13 @@ def start_attempt(target: Endpoint, open_for: Callable[[Endpoint], socket.socket
         raise
 
 
-def finish_attempt(attempt: Attempt) -> None:
+def finish_attempt(attempt: Attempt, events: int) -> None:
     """ConnectFailed unless the attempt, which poll says is over, has succeeded."""
+    if events == select.POLLOUT:
+        return  # what failed would have an error, too
     number = attempt.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if number:
-        source = endpoint_of(attempt.connection.getsockname(), attempt.connection.family)
+        source = endpoint_of(attempt.connection.getsockname())
         raise ConnectFailed(OSError(number, os.strerror(number)), source, attempt.target, at_once=False)
 
 
@@ -6243,8 +6276,8 @@ class Race:
         self.failure: SockdError | None = None
         self.poller = select.poll()
 
-    def run(self) -> socket.socket:
-        """Return the connected socket; ConnectFailed, Refused, ConnectTimeout or PeerGone."""
+    def run(self) -> Attempt:
+        """Return the attempt that has won; ConnectFailed, Refused, ConnectTimeout or PeerGone."""
         self.poller.register(self.client, 0)
         winner = None
         try:
@@ -6259,7 +6292,7 @@ class Race:
             return winner
         finally:
             for attempt in self.attempts.values():
-                if attempt.connection is not winner:
+                if attempt is not winner:
                     attempt.connection.close()
 
     def _start_next(self) -> None:
@@ -6272,7 +6305,7 @@ class Race:
         self.attempts[attempt.connection.fileno()] = attempt
         self.poller.register(attempt.connection.fileno(), select.POLLOUT)
 
-    def _wait(self) -> socket.socket | None:
+    def _wait(self) -> Attempt | None:
         """Wait until an attempt is over or the next may start; return the winner if there is one."""
         limit = (
             min(self.deadline, time.monotonic() + HAPPY_EYEBALLS_SECONDS) if self.waiting else self.deadline
@@ -6280,16 +6313,16 @@ class Race:
         events = self.poller.poll(poll_milliseconds(limit))
         if not events and time.monotonic() >= self.deadline:
             attempt = next(reversed(self.attempts.values()))
-            source = endpoint_of(attempt.connection.getsockname(), attempt.connection.family)
+            source = endpoint_of(attempt.connection.getsockname())
             raise ConnectTimeout(source, attempt.target)
-        for descriptor, _ in events:
+        for descriptor, mask in events:
             if descriptor == self.client:
                 raise PeerGone("local client closed")
             attempt = self.attempts.pop(descriptor)
             self.poller.unregister(descriptor)
             try:
-                finish_attempt(attempt)
-                return attempt.connection
+                finish_attempt(attempt, mask)
+                return attempt
             except ConnectFailed as failure:
                 self.failure = failure
                 attempt.connection.close()
@@ -8227,7 +8260,7 @@ class UdpPath:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self.local = endpoint_of(connection.getsockname(), connection.family)
+        self.local = endpoint_of(connection.getsockname())
         self.targets: set[Endpoint] = set()
         self.sent_bytes = self.sent_packets = 0
         self.received_bytes = self.received_packets = 0
@@ -8264,7 +8297,7 @@ class UdpRelay:
     ) -> None:
         self.control = control
         self.relay = relay
-        self.local = endpoint_of(relay.getsockname(), relay.family)
+        self.local = endpoint_of(relay.getsockname())
         self.client = client  # port 0: the first datagram from its host tells
         self.client_known = False
         self.events = events
@@ -8331,13 +8364,12 @@ class UdpRelay:
                 continue  # an ICMP error for an earlier datagram: as Dante, the association goes on
             if path is None:
                 if address != self.client_address or not self._pass_out(data):
-                    self._from_client(data, endpoint_of(address, connection.family))
+                    self._from_client(data, endpoint_of(address))
             elif address in self.inward:
                 self._pass_in(path, data, *self.inward[address])
             else:
                 # Through an upstream of one family the other one is reached, too.
-                family = socket.AF_INET if len(address) == 2 else socket.AF_INET6
-                self._from_target(path, data, endpoint_of(address, family))
+                self._from_target(path, data, endpoint_of(address))
         return ""
 
     def _count(self, meter: Meter) -> None:
@@ -8713,7 +8745,7 @@ class Way(NamedTuple):
 
     def describe(self, target: Endpoint) -> str:
         """Return the far side for the log.  As Dante: LOCAL PROXY [BOUND] TARGET."""
-        local = endpoint_of(self.connection.getsockname(), self.connection.family)
+        local = endpoint_of(self.connection.getsockname())
         proxies = " ".join(describe_endpoint(step.upstream) for step in self.path.steps)
         return f"{local} {proxies} [{describe_endpoint(self.bound)}] {describe_endpoint(target)}"
 
@@ -8841,7 +8873,7 @@ def request_http(stream: UpstreamStream, step: Step, command: str, target: Endpo
         if answer.status == HTTP_LOGIN_WANTED:
             raise LoginRefused(text)
         raise UpstreamRefused(text, Reply.CONNECTION_REFUSED)
-    return endpoint_of(stream.connection.getsockname(), stream.connection.family)
+    return endpoint_of(stream.connection.getsockname())
 
 
 UPSTREAM_REQUESTS = {"socks_v4": request_socks4, "socks_v5": request_socks5, "http": request_http}
@@ -9159,7 +9191,7 @@ def go_path(path: Path, errand: Errand, dial: Dial, client: int, share: float, e
         return walk.run(connection)
     except BaseException as error:
         if isinstance(error, PathFailed):
-            error.source = endpoint_of(connection.getsockname(), connection.family)
+            error.source = endpoint_of(connection.getsockname())
         connection.close()
         raise
 
@@ -9330,6 +9362,8 @@ class SessionLookup:
 
     def prefer_usable(self, addresses: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
         """Return those of the addresses that we can connect to, or all where there is no such one."""
+        if len(addresses) == 1:
+            return addresses
         families = external_families(self.serving.config, self)
         return tuple(e for e in addresses if e.family in families) or addresses
 
@@ -9625,7 +9659,7 @@ class Session:
         """Log the features of TCP that a new connection uses, if the configuration asks for them."""
         logs = self.error_logs(rule)
         if logs:
-            peer = endpoint_of(connection.getpeername(), connection.family)
+            peer = endpoint_of(connection.getpeername())
             log_features(self.serving.log, logs, side, peer, connection)
 
     def find_admission_fault(self, decision: Decision) -> str:
@@ -10087,7 +10121,7 @@ class Session:
         def open_for(address: Endpoint) -> socket.socket:
             return self.open_external(rule, address, path.route)
 
-        return Race(addresses, open_for, self.connection.fileno(), deadline).run()
+        return Race(addresses, open_for, self.connection.fileno(), deadline).run().connection
 
     def open_way(
         self,
@@ -10263,6 +10297,7 @@ class ConnectRequest:
         self.target = request.target
         self.event = "tcp/connect"
         self.bound = UNSPECIFIED  # where the connection to the target begins
+        self.peer = UNSPECIFIED  # and where it ends
         self.addresses: tuple[Endpoint, ...] = ()  # all of the target's
         self.way: Way | None = None  # None: direct
 
@@ -10365,7 +10400,9 @@ class ConnectRequest:
         addresses = session.lookup.prefer_usable(addresses)
         try:
             open_for = self.open_for(rule, route)
-            return Race(addresses, open_for, session.connection.fileno(), deadline).run()
+            race = Race(addresses, open_for, session.connection.fileno(), deadline)
+            connection, self.peer = race.run()
+            return connection
         except ConnectFailed as failure:
             session.note_failure(rule, "external", describe_failure(failure))
             if failure.at_once:
@@ -10414,8 +10451,8 @@ class ConnectRequest:
         far_side = self.way.side() if self.way is not None else Side(connection, "remote peer")
         pair = (session.client_side(), far_side)
         if self.way is None:
-            self.bound = endpoint_of(connection.getsockname(), connection.family)
-            far = f"{self.bound} {endpoint_of(connection.getpeername(), connection.family)}"
+            self.bound = endpoint_of(connection.getsockname())
+            far = f"{self.bound} {self.peer}"
         else:
             # As Dante: the client is told the address that the upstream has told.
             self.bound, far = self.way.bound, self.way.describe(self.target)
@@ -10460,7 +10497,7 @@ class BindRequest:
             session.reply(refusal.reply, self.target)
             return
         session.opened.append(listener)
-        bound = endpoint_of(listener.getsockname(), listener.family)
+        bound = endpoint_of(listener.getsockname())
         decision = session.decide_request(session.facts("bind", bound))
         session.authenticated_by(decision.method)
         if decision.verdict == "block":
@@ -10475,7 +10512,7 @@ class BindRequest:
             session.record.request_failed(decision.rule, self.event, "", f"could not bind: {fault}")
             session.reply(reply, self.target)
             return
-        bound = endpoint_of(listener.getsockname(), listener.family)
+        bound = endpoint_of(listener.getsockname())
         session.set_options(listener, decision.rule, "external")
         listener.setblocking(False)
         listener.listen(self.backlog)
@@ -10532,7 +10569,7 @@ class BindRequest:
         pattern = find_redirect(rule, self.session.client_rule, "bind").source
         if pattern is None:
             return listener
-        family = endpoint_of(listener.getsockname(), listener.family).family
+        family = endpoint_of(listener.getsockname()).family
         source = self.session.choose_source(pattern, ELSEWHERE[family])
         listener.close()
         if pattern.port.operator == "any":
@@ -10571,7 +10608,7 @@ class BindRequest:
                     connection, address = listener.accept()
                 except (BlockingIOError, ConnectionAbortedError):
                     continue  # it has gone already
-                peer = endpoint_of(address, connection.family)
+                peer = endpoint_of(address)
                 decision = self.judge_peer(rule, connection, peer, bound)
                 if decision is not None:
                     break
@@ -10687,7 +10724,7 @@ class Forwarding:
         self.session = request.session
         self.rule = rule
         self.peer = peer
-        self.source = endpoint_of(back.getsockname(), back.family)  # what the client sees us call from
+        self.source = endpoint_of(back.getsockname())  # what the client sees us call from
         self.client_side = Side(back, "local client")
         self.peer_side = Side(connection, "remote peer")
         self.places: list[Place] = []  # held of the session limits of the rule
@@ -10884,7 +10921,7 @@ class ExtendedBindRequest(BindRequest):
             connection, address = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return  # it has gone already
-        peer = endpoint_of(address, connection.family)
+        peer = endpoint_of(address)
         held = len(session.places)
         decision = session.decide(
             session.facts("bindreply", session.client)._replace(source=peer), connection
@@ -11042,7 +11079,7 @@ class RoutedBindRequest(BindRequest):
         if way.bound.host not in IP_ANY:
             return way.bound
         if len(way.path.steps) == 1:
-            last = endpoint_of(way.connection.getpeername(), way.connection.family)
+            last = endpoint_of(way.connection.getpeername())
         return last._replace(port=way.bound.port)
 
     def serve_named_peer(self, rule: Rule, way: Way, bound: Endpoint) -> None:
@@ -11147,7 +11184,7 @@ class UdpRequest:
             return
         session.opened.append(relay)
         session.set_options(relay, self.rule, "internal")
-        local = endpoint_of(relay.getsockname(), relay.family)
+        local = endpoint_of(relay.getsockname())
         if "connect" in self.rule.log:
             session.record.write("pass", self.rule, self.event, "[", f"{describe_endpoint(target)} {local}")
         session.reply(Reply.SUCCEEDED, local, USE_CLIENTS_PORT if self.keeps_port() else 0)
@@ -11361,14 +11398,13 @@ class Bounce:
         deadline = deadline_after(rule.timeouts.connect)
         try:
             addresses = session.find_addresses(self.target)
-            connection = Race(addresses, self.open, session.connection.fileno(), deadline).run()
+            connection, target = Race(addresses, self.open, session.connection.fileno(), deadline).run()
         except (Refused, ConnectFailed, ConnectTimeout, PeerGone) as fault:
             session.record.blocked_at_accept(f"could not bounce to {self.target}: {fault}")
             return
         session.opened.append(connection)
         session.record.connections.append(connection)
-        source = endpoint_of(connection.getsockname(), connection.family)
-        target = endpoint_of(connection.getpeername(), connection.family)
+        source = endpoint_of(connection.getsockname())
         pair = (Side(session.connection, "local client"), Side(connection, "remote peer"))
         far = f"{source} {target}"
         records = TcpRecords(session, rule, "tcp/bounce-to", session.record.side, far, pair)
@@ -11475,7 +11511,7 @@ class RoutedUdpRequest(UdpRequest):
         """
         host = way.path.steps[-1].upstream
         if len(way.path.steps) == 1:
-            host = endpoint_of(way.connection.getpeername(), way.connection.family)
+            host = endpoint_of(way.connection.getpeername())
         return host._replace(port=way.bound.port)
 
 
@@ -12073,9 +12109,9 @@ class Gate(NamedTuple):
 class Worker:
     """Accepts clients and serves each in a thread.
 
-    A thread that has a gate waits there for a client, leaves the gate to the next thread and serves the
-    client itself, so no client waits for a change of threads.  The kernel wakes one gate of all workers for
-    each client (EPOLLEXCLUSIVE).  The main thread only obeys the mother.
+    A thread that has a gate waits there for a client and serves it itself, so no client waits for a change
+    of threads; another is called to the gates only where nobody waits at one any more.  The kernel wakes
+    one gate of all workers for each client (EPOLLEXCLUSIVE).  The main thread only obeys the mother.
     """
 
     def __init__(self, serving: Serving, listeners: Sequence[socket.socket], control: socket.socket) -> None:
@@ -12084,9 +12120,13 @@ class Worker:
         self.listeners = {listener.fileno(): listener for listener in listeners}
         self.control = control
         self.sessions: set[Session] = set()  # changed by the sessions' threads; each operation is atomic
-        self.crowd = threading.Lock()  # guards `idle`, and is never held over a call that waits
+        self.crowd = threading.Lock()  # guards the next three, and is never held over a call that waits
         self.door = threading.Lock()  # held for an accept(2), and for what its failure takes
-        self.idle = 0  # threads that wait for a client or for a gate
+        self.attending = 0  # threads that wait for a client, each at a gate
+        self.spare = 0  # threads that wait until they are called to a gate
+        self.called = False  # one of these has been, and has not come yet
+        self.call = threading.Lock()  # held, but for the moment of a call
+        self.call.acquire()
         self.gates = [Gate(threading.Lock(), select.epoll()) for _ in range(GATES)]
         self.alarm = os.pipe2(os.O_CLOEXEC)  # wakes all idle threads when `draining` has been set
         self.reserve = os.dup(control.fileno())  # given up for a moment when descriptors run out
@@ -12123,7 +12163,7 @@ class Worker:
                 self.trimmed_after = self.accepted
                 release_memory()
             if not events and not self.draining:
-                unattended = 0 if self.idle else unattended + 1
+                unattended = 0 if self.is_attended() else unattended + 1
                 if unattended > 1:
                     self.run_short("out of memory")  # so that the next one finds some
                     self.turn_all_away()
@@ -12157,7 +12197,8 @@ class Worker:
         self.draining = True
         os.write(self.alarm[1], b".")
         deadline = time.monotonic() + STOP_SECONDS
-        while self.idle and time.monotonic() < deadline:
+        while self.is_attended() and time.monotonic() < deadline:
+            self.call_spare()
             time.sleep(0.001)  # a thread that has just been woken may still use a listener
         for listener in self.listeners.values():
             listener.close()
@@ -12199,11 +12240,11 @@ class Worker:
         """Wait for a client, serve it, and so on: the life of a thread.  It ends when it is not needed."""
         while True:
             session = self.find_client()
-            if session is None and not self.idle and not self.draining:
+            if session is None and not self.is_attended() and not self.draining:
                 continue  # the last one that waited has just got a client
             if session is None:
                 return
-            if not self.idle and not self.draining and not self.call_successor():
+            if not self.attending and not self.draining and not self.call_successor():
                 session.connection.close()
                 self.sessions.discard(session)
                 time.sleep(ACCEPT_PAUSE_SECONDS)
@@ -12213,8 +12254,14 @@ class Worker:
             finally:
                 self.sessions.discard(session)
 
+    def is_attended(self) -> bool:
+        """Tell whether a thread waits for clients, or for a call."""
+        return self.attending + self.spare > 0
+
     def call_successor(self) -> bool:
-        """Start the thread that will wait while this one serves; False if there can be none."""
+        """Call or start the thread that will wait while this one serves; False if there can be none."""
+        if self.call_spare():
+            return True
         try:
             self.start_thread()
         except (RuntimeError, MemoryError) as error:
@@ -12222,29 +12269,49 @@ class Worker:
             return False
         return True
 
+    def call_spare(self) -> bool:
+        """Call one of the spare threads to a gate; False if there is none."""
+        with self.crowd:
+            if self.spare and not self.called:
+                self.called = True
+                self.call.release()
+            return self.called
+
     def find_client(self) -> Session | None:
         """Return the session of the next client; None when this thread is not needed to wait any more."""
-        with self.crowd:
-            self.idle += 1
-        try:
+        gate = self.take_gate()
+        while gate is None and self.await_call():
             gate = self.take_gate()
-            if gate is None:
-                return None
-            try:
-                return self.wait_at(gate)
-            finally:
-                gate.lock.release()
+        if gate is None:
+            return None
+        try:
+            return self.wait_at(gate)
         finally:
             with self.crowd:
-                self.idle -= 1
+                self.attending -= 1
+            gate.lock.release()
 
     def take_gate(self) -> Gate | None:
-        """Return a gate for this thread alone; None if others have waited at all of them for long."""
+        """Return a gate for this thread alone; None if others wait at all of them."""
         for gate in self.gates:
             if gate.lock.acquire(blocking=False):
+                with self.crowd:
+                    self.attending += 1
                 return gate
-        first = self.gates[0]
-        return first if first.lock.acquire(timeout=IDLE_THREAD_SECONDS) else None
+        return None
+
+    def await_call(self) -> bool:
+        """Wait to be called to a gate; False if that does not happen for long."""
+        with self.crowd:
+            self.spare += 1
+        self.call.acquire(timeout=0 if self.draining else IDLE_THREAD_SECONDS)
+        with self.crowd:
+            self.spare -= 1
+            was_called = self.called  # by now, if not before the time was up
+            if was_called:
+                self.called = False
+                self.call.acquire(blocking=False)
+        return was_called
 
     def wait_at(self, gate: Gate) -> Session | None:
         """Wait until there is a client, and return its session; None when no more are to be taken."""
@@ -12304,8 +12371,8 @@ class Worker:
     def make_session(self, connection: socket.socket, address: tuple) -> Session:  # type: ignore[type-arg]
         """Return the session of a connection that has just been accepted; OSError, MemoryError."""
         connection.setblocking(False)
-        local = endpoint_of(connection.getsockname(), connection.family)
-        session = Session(self.serving, connection, endpoint_of(address, connection.family), local)
+        local = endpoint_of(connection.getsockname())
+        session = Session(self.serving, connection, endpoint_of(address), local)
         self.sessions.add(session)
         return session
 
@@ -13269,7 +13336,7 @@ def take_passed_sockets(
     taken: dict[Endpoint, socket.socket] = {}
     for name, passed in open_passed_sockets(environment, log):
         is_network = passed.family in AF_INET_FAMILY
-        endpoint = endpoint_of(passed.getsockname(), passed.family) if is_network else None
+        endpoint = endpoint_of(passed.getsockname()) if is_network else None
         fault = describe_unfit(passed, endpoint)
         key = find_configured(endpoint, config.internal) if endpoint is not None else None
         if not fault and key is not None and key not in taken:
@@ -13432,7 +13499,7 @@ class Mother:
         for endpoint in listeners:
             if endpoint.port == 0:
                 listener = self.listeners[endpoint]
-                self.log.write("info", f"listening on {endpoint_of(listener.getsockname(), listener.family)}")
+                self.log.write("info", f"listening on {endpoint_of(listener.getsockname())}")
 
     def catch_signals(self) -> None:
         """Let signals wake the loop; that is all that a handler ever does."""
