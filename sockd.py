@@ -7485,7 +7485,7 @@ class Watch:
         self.counts = counts
         self.seconds = alarm.seconds or MTU_SECONDS
         self.words: tuple[int, ...] = ()  # that the alarm is about
-        sides = "" if len(alarm.sides) == 2 else f" {alarm.sides[0]}"
+        about = [] if len(alarm.sides) == 2 else [alarm.sides[0]]
         if alarm.kind == "data":
             ways = {
                 ("internal", "recv"): INTERNAL_RECV,
@@ -7494,12 +7494,14 @@ class Watch:
                 ("external", "send"): EXTERNAL_SEND,
             }
             self.words = tuple(ways[side, way] for side in alarm.sides for way in alarm.directions)
-            sides += f".{alarm.directions[0]}" if len(alarm.directions) == 1 else ""
+            about += alarm.directions if len(alarm.directions) == 1 else ()
         else:
             table = DISCONNECTS if alarm.kind == "disconnect" else TOO_LARGE
             self.words = tuple(table[side] for side in alarm.sides)
         source, target = monitor.source, monitor.target
-        self.where = f"{source.text}{source.port} -> {target.text}{target.port}{sides}"
+        self.where = f"{source.text}{source.port} -> {target.text}{target.port}"
+        if about:
+            self.where += " " + ".".join(about)
         self.start(0.0)
 
     def start(self, now: float) -> None:

@@ -139,7 +139,8 @@ def test_datagram_that_cannot_be_sent_is_logged(sockd: Factory, private_world: W
 def test_features_of_tcp_are_logged(sockd: Factory, private_world: World, peer: Callable[..., Any]) -> None:
     lines = (
         "external.log.info.tcp.enabled: sack timestamps wscale ecn\n"
-        "external.log.notice.tcp.disabled: ecn\ninternal.log.info.tcp.enabled: timestamps"
+        "external.log.notice.tcp.disabled: ecn\ninternal.log.info.tcp.enabled: timestamps\n"
+        "internal.log.debug.tcp.disabled: ecn"
     )
     server = sockd(configure(lines), world=private_world)
     target = peer("echo").address
@@ -147,6 +148,7 @@ def test_features_of_tcp_are_logged(sockd: Factory, private_world: World, peer: 
         assert client.open5(CONNECT, *target).code == 0
         client_name, target_name = "{}.{}".format(*client.address), "{}.{}".format(*target)
         expect_line(server, f"info: tcp enabled on connection to host {client_name}: timestamps")
+        expect_line(server, f"debug: tcp disabled on connection to host {client_name}: ecn")
         expect_line(server, f"info: tcp enabled on connection to host {target_name}: sack timestamps wscale")
         expect_line(server, f"notice: tcp disabled on connection to host {target_name}: ecn")
 

@@ -101,6 +101,38 @@ def test_monitor_hears_each_side_and_direction(
     assert {message.split()[7].rstrip(":") for message in over} == heard
 
 
+@each_server
+def test_monitor_adds_up_sides_and_directions(
+    factory: Factory, peer: StartPeer, stack: contextlib.ExitStack
+) -> None:
+    """Where an alarm names no direction it is about both, and where it names no side, too."""
+    names = {
+        "alarm.data": "",
+        "alarm.data.recv": " recv",
+        "alarm.data.send": " send",
+        "internal.alarm.data": " internal",
+        "external.alarm.data": " external",
+    }
+    sources = {name: f"127.0.0.{number}" for number, name in enumerate(names, 2)}
+    config = HEAD + RULES
+    for name, source in sources.items():
+        config += rule("monitor", f"from: {source}/32 to: 0/0", "protocol: tcp", f"{name}: 100 in 1")
+    server = factory(config)
+    target = peer("echo")
+    for name, where in names.items():
+        way = f"{sources[name]}/32 -> 0/0{where}: "
+        wait_for_record(server, f"alarm/data [: {way}0/100 in 1s.  Session count: 0")
+    for name, where in names.items():
+        client = connect(server, target, stack, sources[name])
+        end = f"alarm/data ]: {sources[name]}/32 -> 0/0{where}: "
+
+        def is_over(client: Client = client, end: str = end) -> bool:
+            client.exchange(bytes(60))  # in two directions on each side
+            return any(end in message for message in server.messages)
+
+        assert eventually(is_over)
+
+
 def test_monitor_counts_over_all_workers(
     factory: Factory, peer: StartPeer, stack: contextlib.ExitStack
 ) -> None:
@@ -179,6 +211,24 @@ def test_monitor_tells_of_many_disconnects_on_one_side(
         "3/4 disconnects during last 2s.  Session count: 1"
     )
     assert len([message for message in alarms(server) if "disconnect" in message]) == 1
+
+
+def test_monitor_tells_of_many_disconnects_on_whatever_side(
+    factory: Factory, peer: StartPeer, stack: contextlib.ExitStack
+) -> None:
+    """In danted such an alarm is never raised, be it one side that closes or both."""
+    server = factory(monitored("alarm.disconnect: 2/2 in 2", CLOCK))
+    wait_for_record(server, "alarm/data [")
+    clients = [connect(server, peer(kind), stack) for kind in ("echo", "resetter")]
+    clients[1].send(b"go")
+    with pytest.raises(ConnectionResetError):
+        clients[1].receive(10)
+    clients[0].close()
+    record = wait_for_record(server, "alarm/disconnect")
+    assert record == (
+        "warning: monitor(1): alarm/disconnect ]: 0/0 -> 0/0: "
+        "2/2 disconnects during last 2s.  Session count: 0"
+    )
 
 
 def test_monitor_of_disconnects_looks_at_their_ratio(
@@ -281,6 +331,24 @@ def test_monitor_counts_datagrams_and_those_too_large(
     control.reset()
 
 
+@pytest.mark.parametrize(("alarm", "where"), [("external.alarm", " external"), ("alarm", "")])
+def test_monitor_counts_datagrams_too_large_for_the_target(
+    factory: Factory, peer: StartPeer, stack: contextlib.ExitStack, alarm: str, where: str
+) -> None:
+    """By IPv6 the client can send more than IPv4 takes."""
+    config = monitored(f"{alarm}.mtu-error", protocol="protocol: udp")
+    server = factory(config.replace("internal: 127.0.0.1", "internal: ::1"))
+    control = stack.enter_context(Client(server.addresses[0]))
+    reply = control.open5(UDP_ASSOCIATE, "::", 0)
+    udp = stack.enter_context(UdpClient(("::1", 0)))
+    udp.send((reply.host, reply.port), *peer("udp-echo").address, bytes(65510))
+    wait_for_record(
+        server,
+        f"monitor(1): alarm/mtu-error ]: 0/0 -> 0/0{where}: 1 packet too large for the path.  ",
+    )
+    control.reset()
+
+
 def test_monitor_counts_http_requests_one_at_a_time(
     factory: Factory, peer: StartPeer, stack: contextlib.ExitStack
 ) -> None:
@@ -352,7 +420,7 @@ def test_monitor_looks_at_alarms_in_dantes_order() -> None:
         ("alarm.data: 5 in 1", "", 15),
         ("internal.alarm.data: 5 in 1", " internal", 3),
         ("external.alarm.data: 5 in 1", " external", 12),
-        ("alarm.data.send: 5 in 1", ".send", 10),
+        ("alarm.data.send: 5 in 1", " send", 10),
     ],
 )
 def test_monitor_adds_up_what_an_alarm_is_about(alarm: str, where: str, amount: int) -> None:
