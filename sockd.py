@@ -706,7 +706,6 @@ SHOWN_COLUMNS = 120
 # ---- what is not supported
 
 WORKS = "works"
-NOT_YET = "not yet"
 NEVER = "never here"
 
 NEEDS_OPENBSD = "it needs BSD Authentication, which only OpenBSD has"
@@ -714,7 +713,7 @@ NEEDS_LDAP = "it needs an LDAP library"
 NEEDS_HOSTID = "it needs a kernel that is patched for the TCP option of host ids"
 NEEDS_UPNP = "it needs a UPnP library"
 
-# Keywords and values that are parsed but not acted upon: to support one, take its line out.
+# Keywords and values that are parsed but cannot be acted upon, and what that would take.
 # A value stands behind its keyword; a name that ends in a dot stands for all that begin so.
 UNSUPPORTED = {
     "bsdauth.stylename": NEEDS_OPENBSD,
@@ -746,8 +745,7 @@ def find_reason(name: str) -> str:
 
 def find_status(name: str) -> str:
     """Tell the support status of a keyword or of a "keyword: value"."""
-    reason = find_reason(name)
-    return NEVER if reason and reason != NOT_YET else reason or WORKS
+    return NEVER if find_reason(name) else WORKS
 
 
 class Surroundings(Protocol):
@@ -2032,7 +2030,7 @@ class Keyword(NamedTuple):
 
     @property
     def status(self) -> str:
-        """WORKS, NOT_YET or NEVER."""
+        """WORKS or NEVER."""
         return find_status(self.name)
 
 
@@ -3219,9 +3217,7 @@ def find_unsupported(config: Config) -> tuple[Complaint, ...]:
     for name, position in config.uses:
         reason = find_reason(name)
         if reason:
-            text = f'"{name}" is not supported yet'
-            if reason != NOT_YET:
-                text = f'"{name}" is not supported here: {reason}'
+            text = f'"{name}" is not supported here: {reason}'
             complaints.append(Complaint("error", text, position, hint="leave it out"))
     return tuple(complaints)
 

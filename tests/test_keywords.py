@@ -165,7 +165,7 @@ EFFECTS = {
     "balance": "test_upstreams::test_balance_roundrobin_takes_turns",
     "resolve": "test_upstreams::test_resolve_says_who_resolves",
     "user": "test_session_auth::test_rule_may_be_for_some_users",
-    "group": "test_logins_against_dante::test_sockd_judges_a_login_as_danted_does",
+    "group": "test_against_dante::test_sockd_does_what_danted_does",
     "log": "test_logging::test_log_words_give_exactly_their_records",
     "pam.servicename": "test_logins::test_pam_is_told_what_dante_tells_it",
     "udp.portrange": "test_session_udp::test_port_range_is_kept_and_its_exhaustion_refused",

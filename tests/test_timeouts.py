@@ -47,17 +47,21 @@ def test_connecting_ends_with_the_time_of_its_rule(
         assert client.open5(CONNECT, *peer("blackhole").address).code == 6
 
 
+@pytest.mark.parametrize("keyword", ["timeout.io", "timeout.io.tcp"])
 def test_idle_connection_ends_with_the_time_of_its_rule(
-    start: Callable[[str], Server], peer: Callable[..., Any]
+    start: Callable[[str], Server], peer: Callable[..., Any], keyword: str
 ) -> None:
-    server = start(configure(socks="timeout.io.tcp: 1"))
+    server = start(configure(socks=f"{keyword}: 1"))
     with Client(server.addresses[0]) as client:
         assert client.open5(CONNECT, *peer("discard").address).code == 0
         client.expect_end_or_reset()
 
 
-def test_idle_association_ends_with_the_time_of_its_rule(start: Callable[[str], Server]) -> None:
-    server = start(configure(socks="timeout.io.udp: 1"))
+@pytest.mark.parametrize("keyword", ["timeout.io", "timeout.io.udp"])
+def test_idle_association_ends_with_the_time_of_its_rule(
+    start: Callable[[str], Server], keyword: str
+) -> None:
+    server = start(configure(socks=f"{keyword}: 1"))
     with Client(server.addresses[0]) as client, UdpClient() as udp:
         assert client.open5(UDP_ASSOCIATE, *udp.address).code == 0
         client.expect_end_or_reset()
