@@ -997,6 +997,8 @@ def test_parse_accepts_alarms_of_single_kinds_before_one_for_all() -> None:
         ("client block { from: 0/0 to: 0/0\nsocksmethod: none username\n}",
          '"socksmethod" will never come to username'),
         ("monitor { from: 0/0 to: 0/0 }", "this monitor has no alarm"),
+        ("route { from: 0/0 to: 0/0 via: 10.0.0.1\ngssapi.enctype: clear\n}",
+         '"gssapi.enctype" has no effect in a route without method gssapi'),
     ],
 )  # fmt: skip
 def test_parse_warns(lines: str, text: str) -> None:
