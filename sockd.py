@@ -6701,6 +6701,12 @@ class Question(NamedTuple):
             except OSError:
                 pass
 
+    def is_void(self) -> bool:
+        """Tell whether nobody waits for the answer any more."""
+        poller = select.poll()
+        poller.register(self.answer.fileno(), 0)
+        return bool(poller.poll(0))
+
     def consult(self, fields: Sequence[bytes]) -> bytes:
         """Answer, and return what the asker adds to its question; OSError, ProtocolError if it has gone."""
         self.answer.sendmsg([encode_message(0, fields)], [], socket.MSG_DONTWAIT)
@@ -6777,6 +6783,15 @@ def make_inbox() -> tuple[socket.socket, socket.socket]:
     read_end, write_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     read_end.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     return read_end, write_end
+
+
+def keep_only(kept: int) -> None:
+    """Close every descriptor but the standard ones and this.
+
+    Whoever reads an enemy's bytes is not to hold the inbox, where passwords come in.
+    """
+    os.closerange(3, kept)
+    os.closerange(kept + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def fork_verifier(body: Callable[[], bool]) -> int:
@@ -12044,7 +12059,8 @@ DRAIN_MILLISECONDS = 200  # how often a worker without listeners looks whether i
 ACCEPT_PAUSE_SECONDS = 0.1  # after the system ran out of descriptors, memory or threads
 RESOLVER_THREADS = 128  # questions answered at once; more wait in the inbox
 INITIATORS = 64  # log-ins to upstreams at once; each lasts a round trip, or until timeout.connect
-INITIATORS_OF_ONE = 32  # so that one upstream which is silent does not hold up those to others
+WAITING_INITIATIONS = 256  # more than that are refused
+WAITING_MILLISECONDS = 10  # how often those that wait have a chance
 VERIFIERS = 64  # password checks at once; a PAM module may sleep 2 seconds over each
 
 
@@ -12577,6 +12593,15 @@ class Resolver:
             self.free.release()
 
 
+def has_room(service: tuple[bytes, ...], held: Sequence[tuple[bytes, ...]], most: int) -> bool:
+    """Tell whether one more log-in to an upstream has a place; none has more than half of them.
+
+    >>> has_room((b"a",), [(b"a",), (b"b",)], 4), has_room((b"a",), [(b"a",), (b"a",)], 4)
+    (True, False)
+    """
+    return len(held) < most and held.count(service) < most // 2
+
+
 class Warden:
     """Checks passwords and Kerberos tickets, binds ports, sets socket options and asks libwrap.
 
@@ -12601,8 +12626,9 @@ class Warden:
         self.services = {rule.pam_servicename.encode("latin-1") for rule in rules}
         self.upstreams = list_services(config)
         self.children: dict[int, str] = {}  # pid -> the client's address; "" if it checks no password
-        # Those of them that wait for what an upstream says, and which.
+        # Those of them that wait for what an upstream says, and which; and who waits for a place among them.
         self.initiators: dict[int, tuple[bytes, ...]] = {}
+        self.waiting: list[Question] = []
         self.failures = Failures()
 
     def grant(self, question: Question) -> None:
@@ -12631,14 +12657,30 @@ class Warden:
 
     def begin_initiation(self, question: Question) -> None:
         """Answer in a child that lasts as long as its upstream: those that are slow hold up no password."""
-        self.reap(must_wait=False)
-        service, held = tuple(question.fields), list(self.initiators.values())
-        if len(held) >= INITIATORS or held.count(service) >= INITIATORS_OF_ONE:
-            question.reply([b"too many log-ins to proxy servers at a time"])
+        if UpstreamService(*(field.decode(WIRE_TEXT) for field in question.fields)) not in self.upstreams:
+            question.reply([b"this proxy server is not in the configuration"])
             return
-        pid = self.check(question, lambda: self.initiate(question), "")
-        if pid:
-            self.initiators[pid] = service
+        self.reap(must_wait=False)
+        services = [tuple(other.fields) for other in self.waiting]
+        if has_room(tuple(question.fields), services, WAITING_INITIATIONS):
+            self.waiting.append(question)
+        else:
+            question.reply([b"too many log-ins to proxy servers at a time"])
+        self.serve_waiting()
+
+    def serve_waiting(self) -> None:
+        """Begin the log-ins to upstreams that there is room for."""
+        waiting, self.waiting = self.waiting, []
+        for question in waiting:
+            service = tuple(question.fields)
+            if question.is_void():
+                question.answer.close()
+            elif not has_room(service, tuple(self.initiators.values()), INITIATORS):
+                self.waiting.append(question)
+            else:
+                pid = self.check(question, functools.partial(self.initiate, question), "")
+                if pid:
+                    self.initiators[pid] = service
 
     def check(self, question: Question, body: Callable[[], bool], host: str) -> int:
         """Answer a question in a child; `host` is the client's address if it is about a password.
@@ -12672,11 +12714,15 @@ class Warden:
 
     def tidy(self) -> int | None:
         self.reap(must_wait=False)
+        if self.waiting:
+            self.serve_waiting()
+            return WAITING_MILLISECONDS
         return 100 if self.children else None
 
     def drain(self) -> None:
         while self.children:
             self.reap(must_wait=True)
+            self.serve_waiting()
 
     def reap(self, must_wait: bool) -> None:
         """Forget the checks that have ended; wait for one if there is no room for another."""
@@ -12709,6 +12755,7 @@ class Warden:
     def accept(self, question: Question) -> bool:
         """Accept a token of GSS-API; in a child, which first takes the key table and gives its power up."""
         number, token = question.fields
+        keep_only(question.answer.fileno())
         try:
             settings = {str(rule.number).encode(): rule.gssapi for rule in self.config.client_rules}[number]
             keytab = copy_keytab(settings.keytab)
@@ -12729,11 +12776,9 @@ class Warden:
 
         It has its power while it gets the ticket, and gives it up before it reads what the upstream says.
         """
+        keep_only(question.answer.fileno())
         try:
-            service = UpstreamService(*(field.decode(WIRE_TEXT) for field in question.fields))
-            if service not in self.upstreams:
-                raise GssError("this proxy server is not in the configuration")
-            initiation = Initiation(service)
+            initiation = Initiation(UpstreamService(*(f.decode(WIRE_TEXT) for f in question.fields)))
             token = initiation.begin()
             drop_privileges(self.reader, "")
             set_capabilities(0)

@@ -489,17 +489,18 @@ def test_answer_to_another_token_is_refused(sockd: Factory, realm: Realm) -> Non
 
 
 def test_upstream_that_is_silent_holds_up_no_other(sockd: Factory, realm: Realm, peer: StartPeer) -> None:
-    """There may be 32 log-ins to one at a time; who comes later is refused at once."""
+    """There may be 32 log-ins to one at a time, and 128 that wait; who comes later is refused at once."""
     far = sockd(accepting(realm))
     one, two = peer("echo"), peer("echo", "127.0.0.2")
     with contextlib.closing(TcpPeer(answer_token(b""))) as silent, contextlib.ExitStack() as stack:
         routes = by_ticket(silent.port, to="127.0.0.1/32", gssapi_servicename=SERVICE)
         routes += route(("localhost", far.port), to="127.0.0.2/32", method="gssapi")
         server = sockd(routes)
-        clients = [stack.enter_context(Client(server.addresses[0])) for _ in range(36)]
+        clients = [stack.enter_context(Client(server.addresses[0])) for _ in range(170)]
         for client in clients:
             client.send(b"\5\1\0" + request5(CONNECT, *one.address))
         wait_for_record(server, "too many log-ins to proxy servers at a time")
+        assert len(server.processes()) <= 4 + 32
         with Client(server.addresses[0]) as client:
             assert client.open5(CONNECT, *two.address).code == 0
         for client in clients:
@@ -565,6 +566,18 @@ def test_association_that_an_upstream_ends_is_renewed_by_ticket(sockd: Factory, 
 
 
 # ------------------------------ the process ------------------------------
+
+
+def test_many_sessions_at_once_wait_for_their_tickets(sockd: Factory, realm: Realm, peer: StartPeer) -> None:
+    target = peer("echo").address
+    server = sockd(by_ticket(sockd(accepting(realm)).port))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(server.addresses[0])) for _ in range(80)]
+        for client in clients:
+            client.send(b"\5\1\0" + request5(CONNECT, *target))
+        for client in clients:
+            assert client.receive(2) == b"\5\0"
+            assert client.read_reply5().code == 0
 
 
 def test_many_sessions_leave_nothing(sockd: Factory, realm: Realm, peer: StartPeer) -> None:
