@@ -6342,6 +6342,7 @@ MAX_MESSAGE_BYTES = 4096  # the largest is a password check: two times 255 bytes
 MAX_TOKEN_MESSAGE_BYTES = GSSAPI_MAX + 4096  # but for those with a token of GSS-API
 MAX_FIELDS = 255
 VERIFY_SECONDS = 60  # a PAM module that takes longer is ended
+IMPATIENT_SECONDS = 0.1
 
 
 class Favour(enum.IntEnum):
@@ -6473,6 +6474,24 @@ def preload() -> None:
     os.strerror(errno.ECONNREFUSED)  # loads the message catalogue where there is one
 
 
+def note_alarm(number: int, frame: object) -> None:
+    """Do nothing: the signal has already ended what was waited for."""
+
+
+class Impatience:
+    """Has no close(2) of a descriptor that a worker has passed to us wait for longer than a moment.
+
+    It would wait for as long as the worker has set by SO_LINGER, also in recvmsg(2) and for a socket that
+    only lies in another one's queue.  A signal ends that.  Needs the handler note_alarm, and the main thread.
+    """
+
+    def __enter__(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, IMPATIENT_SECONDS, IMPATIENT_SECONDS)
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
 def spawn(body: Callable[[socket.socket], int], keep: Iterable[int] = ()) -> tuple[int, socket.socket]:
     """Fork a child that runs body(its control socket) and exits; return its pid and our control socket.
 
@@ -6489,6 +6508,7 @@ def spawn(body: Callable[[socket.socket], int], keep: Iterable[int] = ()) -> tup
         ours.close()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, note_alarm)
         for number in INHERITED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         for descriptor in keep:
@@ -6743,6 +6763,17 @@ def read_ancillary(ancillary: Iterable[tuple[int, int, bytes]]) -> tuple[int, li
     return pid, descriptors
 
 
+def check_room(flags: int, descriptors: Sequence[int]) -> None:
+    """BlockingIOError where this process has no descriptor left to answer by: no fault of the asker's.
+
+    The asker sees that there will be no answer.
+    """
+    if flags & socket.MSG_CTRUNC and len(descriptors) < max(FAVOUR_DESCRIPTORS.values()):
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise BlockingIOError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
 def receive_question(inbox: socket.socket, granted: frozenset[Favour]) -> Question:
     """Read one question from an inbox that has SO_PASSCRED set; MalformedMessage if it is none."""
     space = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_SPACE(4 * max(FAVOUR_DESCRIPTORS.values()))
@@ -6753,6 +6784,7 @@ def receive_question(inbox: socket.socket, granted: frozenset[Favour]) -> Questi
     if not data and not ancillary:  # an empty message would have its sender's credentials
         raise InboxEnded("the inbox was shut down")
     pid, descriptors = read_ancillary(ancillary)
+    check_room(flags, descriptors)
     try:
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or not descriptors:
             raise ProtocolError("message too long, or with too many descriptors or none")
@@ -6804,7 +6836,8 @@ def fork_verifier(body: Callable[[], bool]) -> int:
         return pid
     status = 1
     try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, signal.SIG_DFL)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.alarm(VERIFY_SECONDS)
         status = 0 if body() else 1
@@ -7233,6 +7266,8 @@ def ask_ident(client: Endpoint, local: Endpoint, deadline: float) -> str | None:
 
 LOCK_SECONDS = 1.0  # a holder needs microseconds; one that keeps the lock this long has gone wrong
 LOCK_PAUSE_SECONDS = 0.0002
+# Waiting longer than this uses patience up, or one who takes the lock again and again would be waited for.
+LOCK_FORGIVEN_SECONDS = 0.01
 MOST_SOURCES = 65536  # sources counted at a time under session.state.*, for all rules together
 MOST_PROBES = 64  # entries that a source may be found in
 MOST_COUNT = 1 << 62  # what is higher was not written by us
@@ -7258,24 +7293,28 @@ class SharedLock:
     """
 
     def __init__(self) -> None:
-        self.descriptor = os.memfd_create("sockd-lock")
+        self.descriptor = os.memfd_create("sockd-lock", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        # A worker could fill it, and the memory would not come back with its end.
+        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self.threads = threading.Lock()
         self.patience = LOCK_SECONDS
 
     def __enter__(self) -> None:
         self.threads.acquire()
-        deadline = time.monotonic() + self.patience
+        waited, begun = 0.0, time.monotonic()
         while True:
             try:
                 fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.patience = LOCK_SECONDS
+                self.patience = min(LOCK_SECONDS, self.patience - waited + LOCK_FORGIVEN_SECONDS)
                 return
             except OSError:
-                if time.monotonic() >= deadline:
-                    # Go on without it: the counts of one who holds it so long are spoilt anyhow.
-                    self.patience = 0.0
-                    return
-                time.sleep(LOCK_PAUSE_SECONDS)
+                waited = time.monotonic() - begun
+                if waited < self.patience:
+                    time.sleep(LOCK_PAUSE_SECONDS)
+                    continue
+                # Go on without it: the counts of one who holds it so long are spoilt anyhow.
+                self.patience = 0.0
+                return
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -12068,6 +12107,8 @@ VERIFIERS = 64  # password checks at once; a PAM module may sleep 2 seconds over
 TIRED = encode_message(0, [b"tired"])  # it has served child.maxrequests clients
 DRAINED = encode_message(0, [b"drained"])  # it has let go of the listeners: it takes nobody who comes now
 SETTLED = encode_message(0, [b"settled"])  # ... and none of its sessions will ask the warden any more
+DEAF = encode_message(0, [b"deaf"])  # a listener does not listen any more
+WORKER_WORDS = frozenset({TIRED, DRAINED, SETTLED, DEAF})
 
 
 class Order(enum.IntEnum):
@@ -12148,6 +12189,7 @@ class Worker:
         self.short_until = 0.0  # until then new clients are turned away, so that the others have room
         self.draining = False
         self.settled = False
+        self.deaf = False
         self.complained = False
         self.accepted = 0
         self.trimmed_after = 0  # clients: when memory was last given back to the system
@@ -12195,7 +12237,7 @@ class Worker:
             self.log.adopt(fields, descriptors)
         elif order == Order.REPORT:
             self.report()
-        elif order == Order.DRAIN:
+        elif order == Order.DRAIN and not self.draining:
             self.close_listeners()
             self.tell_mother(DRAINED)
         return True
@@ -12392,6 +12434,8 @@ class Worker:
 
     def survive_shortage(self, listener: socket.socket, error: OSError) -> None:
         """Refuse one client cleanly where the system has nothing left for it, and rest a moment."""
+        if error.errno == errno.EINVAL and not self.draining:
+            self.find_deaf()
         if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
             return  # the client has gone before it was accepted
         self.complain(f"accept: {error.strerror}")
@@ -12400,6 +12444,13 @@ class Worker:
             self.reserve = -1
             self.turn_away(listener)
         self.keep_reserve()
+        time.sleep(ACCEPT_PAUSE_SECONDS)
+
+    def find_deaf(self) -> None:
+        """Tell the mother of a listener that another worker, which has gone wrong, has shut down."""
+        if not self.deaf:
+            self.deaf = True
+            self.tell_mother(DEAF)
         time.sleep(ACCEPT_PAUSE_SECONDS)
 
     def turn_all_away(self) -> None:
@@ -12466,6 +12517,10 @@ class Worker:
             self.log.write("error", text)
 
 
+class StuckHelper(SockdError):
+    """A helper cannot answer any more, and ends."""
+
+
 NOBODY = b"0"  # in the place of a pid, where a helper cannot tell which worker went wrong
 
 
@@ -12509,7 +12564,13 @@ def run_helper(log: Log, inbox: socket.socket, control: socket.socket, helper: H
     while True:
         for descriptor, _ in poller.poll(helper.tidy()):
             if descriptor != control.fileno():
-                if not answer_question(inbox, control, helper):
+                try:
+                    with Impatience():
+                        is_open = answer_question(inbox, control, helper)
+                except StuckHelper as fault:
+                    log.write("error", str(fault))
+                    return 1
+                if not is_open:
                     poller.unregister(inbox.fileno())
                 continue
             message = receive_order(control)
@@ -12568,8 +12629,12 @@ class Resolver:
         self.free = threading.Semaphore(RESOLVER_THREADS)
 
     def grant(self, question: Question) -> None:
-        """Answer a question in a thread of its own; waits while all are busy."""
-        self.free.acquire()
+        """Answer a question in a thread of its own; waits while all are busy.
+
+        StuckHelper where none of them gets through: the process is to be replaced.
+        """
+        if not self.free.acquire(timeout=RESOLVE_SECONDS):
+            raise StuckHelper(f"no look-up of {RESOLVER_THREADS} has ended in {RESOLVE_SECONDS:.0f} seconds")
         try:
             _thread.start_new_thread(self.answer, (question,))
         except (RuntimeError, MemoryError):
@@ -12580,8 +12645,9 @@ class Resolver:
         return None
 
     def drain(self) -> None:
+        deadline = time.monotonic() + RESOLVE_SECONDS
         for _ in range(RESOLVER_THREADS):
-            self.free.acquire(timeout=RESOLVE_SECONDS)
+            self.free.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
     def answer(self, question: Question) -> None:
         try:
@@ -13135,7 +13201,7 @@ class Child(NamedTuple):
     generation: Generation
     born: float = 0.0
     is_relieved: bool = False  # a worker whose successor has been forked (sockd.conf(5), child)
-    is_settled: bool = False  # a worker that takes no clients, and asks the warden nothing any more
+    said: frozenset[bytes] = frozenset()  # by a worker
 
 
 class Handover(NamedTuple):
@@ -13550,6 +13616,7 @@ class Mother:
         signal.set_wakeup_fd(self.wakeup[1], warn_on_full_buffer=False)
         for number in (*self.handlers, signal.SIGCHLD):
             signal.signal(number, ignore_signal)
+        signal.signal(signal.SIGALRM, note_alarm)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
     # --- children ---
@@ -13797,7 +13864,7 @@ class Mother:
         waiting = set()
         for pid, child in old_children.items():
             self.order(child, Order.LOGS)
-            if child.kind == "worker" and child.generation is outgoing:
+            if child.kind == "worker" and child.generation is outgoing and DRAINED not in child.said:
                 waiting.add(pid)
             if child.kind != "warden":  # see retire_generations
                 self.order(child, Order.DRAIN)
@@ -13822,7 +13889,9 @@ class Mother:
 
     def retire_generations(self) -> None:
         """Let the warden go of each older generation that has no session any more that may ask it."""
-        asking = [c.generation for c in self.children.values() if c.kind == "worker" and not c.is_settled]
+        asking = [
+            c.generation for c in self.children.values() if c.kind == "worker" and SETTLED not in c.said
+        ]
         for generation in self.generations[:-1]:
             if generation in asking:
                 continue
@@ -13924,7 +13993,8 @@ class Mother:
         if child is None:
             return
         try:
-            data = child.control.recv(MAX_MESSAGE_BYTES)
+            with Impatience():
+                data = child.control.recv(MAX_MESSAGE_BYTES)
         except OSError:
             data = b""
         if not data:
@@ -13935,17 +14005,36 @@ class Mother:
             self.hear_helper(child, data)
 
     def hear_worker(self, pid: int, child: Child, data: bytes) -> None:
-        """Act on what a worker says; one that says anything else than ours do is not ours any more."""
-        if data == TIRED:
-            if self.serves(child) and self.config.child_maxrequests:
-                self.tired.add(pid)
-        elif data == DRAINED:
-            if self.handover is not None:
-                self.handover.waiting.discard(pid)
-        elif data == SETTLED:
-            self.children[pid] = child._replace(is_settled=True)
-        else:
+        """Act on what a worker says: each word once.  One that says anything else is not ours any more."""
+        if data not in WORKER_WORDS or data in child.said:
             self.end_culprit(pid)
+            return
+        self.children[pid] = child._replace(said=child.said | {data})
+        if data == TIRED and self.serves(child) and self.config.child_maxrequests:
+            self.tired.add(pid)
+        elif data == DRAINED and self.handover is not None:
+            self.handover.waiting.discard(pid)
+        elif data == DEAF:
+            self.revive_listeners()
+
+    def revive_listeners(self) -> None:
+        """Listen again where a worker has shut a listener down; end all that have it: nobody knows which."""
+        dead = [
+            listener
+            for listener in self.listeners.values()
+            if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        ]
+        if not dead:
+            return
+        self.log.write("error", "a worker has shut down what all workers listen on: ending them all")
+        for pid, child in self.children.items():
+            if child.kind == "worker" and child.generation is self.newest:
+                os.kill(pid, signal.SIGKILL)
+        for listener in dead:
+            try:
+                listener.listen(LISTEN_BACKLOG)
+            except OSError as error:
+                self.log.write("error", f"cannot listen again: {error.strerror}")
 
     def hear_helper(self, helper: Child, data: bytes) -> None:
         """Act on a helper's report of a worker that has gone wrong."""

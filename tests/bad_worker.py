@@ -15,7 +15,9 @@ import os
 import random
 import signal
 import socket
+import struct
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +28,7 @@ import sockd
 
 ATTACKERS = "127.66.0."
 LONGEST_WAIT = 10.0
+SLOW_SECONDS = 600
 
 # ------------------------------ attacks from within a worker ------------------------------
 
@@ -107,6 +110,7 @@ def bad_answer(which: str, message: bytes, count: int) -> Callable[[sockd.Sessio
 
 
 CONTROL: list[socket.socket] = []
+LISTENERS: list[socket.socket] = []
 
 
 def garbage_to_mother(session: sockd.Session) -> None:
@@ -120,10 +124,73 @@ def accuse_others(session: sockd.Session) -> None:
             CONTROL[0].send(sockd.encode_message(0, [pid.encode(), b"malformed"]))
 
 
+def repeat_word(session: sockd.Session) -> None:
+    """Keep the mother busy."""
+    for _ in range(100):
+        CONTROL[0].send(sockd.TIRED)
+
+
 def close_control(session: sockd.Session) -> None:
     """End the connection with the mother, and stay."""
     CONTROL[0].shutdown(socket.SHUT_RDWR)
     signal.pause()
+
+
+def slow_to_close() -> socket.socket:
+    """Give a connection whose last close(2) waits: its data is never read, and it lingers."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    ours = socket.create_connection(listener.getsockname())
+    KEPT.extend([listener, listener.accept()[0]])
+    ours.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            ours.send(bytes(100_000))
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, SLOW_SECONDS))
+    return ours
+
+
+def wrapped(inner: socket.socket) -> socket.socket:
+    """Give a socket in whose queue another one waits, which is closed with it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, inner:
+        socket.send_fds(theirs, [b"x"], [inner.fileno()])
+    return ours
+
+
+def slow_option(session: sockd.Session) -> None:
+    """Ask the warden for an option of a connection that is slow to close."""
+    message = sockd.encode_message(sockd.Favour.OPTION, [b"0"])
+
+    def ask() -> None:
+        with answer_socket() as (_, number), slow_to_close() as slow:
+            send(session.serving.warden.inbox, message, number, slow.fileno())
+
+    repeat(ask)
+
+
+def repeat(ask: Callable[[], None]) -> None:
+    """Ask several times: whoever is the last to close is the one who waits, and that may be we."""
+    for _ in range(8):
+        threading.Thread(target=ask, daemon=True).start()
+
+
+def slow_answer(which: str, message: bytes) -> Callable[[sockd.Session], None]:
+    """Make an attack: good questions whose answers go to sockets that are slow to close."""
+
+    def attack(session: sockd.Session) -> None:
+        def ask() -> None:
+            with wrapped(slow_to_close()) as answer:
+                send(getattr(session.serving, which).inbox, message, answer.fileno())
+
+        repeat(ask)
+
+    return attack
+
+
+def end_listeners(session: sockd.Session) -> None:
+    """Shut down what all workers listen on."""
+    for listener in LISTENERS:
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
@@ -142,6 +209,7 @@ ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
     "garbage to the mother": garbage_to_mother,
     "accuses others": accuse_others,
     "closes its control socket": close_control,
+    "repeats itself": repeat_word,
 }
 
 
@@ -166,6 +234,10 @@ QUIET_ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
     "ends the resolver's inbox": end_inbox("resolver"),
     "ends the warden's inbox": end_inbox("warden"),
     "no room for a question": shrink_inbox,
+    "slow to close, for the warden": slow_option,
+    "slow answers of the warden": slow_answer("warden", BIND),
+    "slow answers of the resolver": slow_answer("resolver", RESOLVE),
+    "ends the listeners": end_listeners,
 }
 
 
@@ -181,6 +253,7 @@ class TalkativeWorker(sockd.Worker):
         self, serving: sockd.Serving, listeners: Sequence[socket.socket], control: socket.socket
     ) -> None:
         CONTROL[:] = [control]
+        LISTENERS[:] = listeners
         super().__init__(serving, listeners, control)
 
 

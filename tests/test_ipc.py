@@ -6,9 +6,12 @@ import concurrent.futures
 import contextlib
 import json
 import random
+import resource
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,9 @@ from client import (
 )
 from more_peers import CLIENT_PASS, HEAD, hash_with, measure_idleness, rule
 from peers import TcpPeer, UdpPeer
-from servers import Server, Sockd, World, eventually, read_process
+from servers import Server, Sockd, World, eventually, find_free_port, read_process
+
+import sockd as program
 
 pytestmark = pytest.mark.root
 StartPeer = Callable[..., Any]
@@ -162,11 +167,14 @@ def test_worker_that_breaks_the_rules_is_ended_and_replaced(
 def test_worker_that_spoils_the_channel_holds_up_nobody(
     private_world: World, tmp_path: Path, peer: StartPeer, name: str
 ) -> None:
-    server = BadSockd(BAD_CONFIG, tmp_path, ("-N", "2"), private_world)
+    port = find_free_port()  # one that the kernel has chosen goes with the listening
+    server = BadSockd(BAD_CONFIG.replace("port = 0", f"port = {port}"), tmp_path, ("-N", "2"), private_world)
+    server.addresses = [("127.0.0.1", port)]
+    eventually(lambda: len(find_children(server)) == 4)
     try:
         attack(server, name)
         if name.startswith("ends the"):
-            # All workers share the inbox, and nobody can tell who has ended it: all are replaced.
+            # All workers share it, and nobody can tell who has ended it: all are replaced.
             eventually(lambda: sum(m.endswith(" running") for m in server.messages) == 4)
         check_others_are_served(server, peer)
         eventually(lambda: is_calm(server))
@@ -174,6 +182,60 @@ def test_worker_that_spoils_the_channel_holds_up_nobody(
         server.check_text()
     finally:
         server.kill()
+
+
+def test_mother_does_not_wait_for_what_a_child_shows_her(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel closes what she does not take, and that would wait for as long as the child likes."""
+    monkeypatch.setattr(bad_worker, "SLOW_SECONDS", 30)
+    before = signal.signal(signal.SIGALRM, program.note_alarm)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    mother = program.Mother(program.Options(), program.Config(""))
+    generation = program.Generation(0, program.Config(""), (None, None, None), 1)
+    mother.generations.append(generation)
+    mother.children[0] = program.Child("worker", ours, 1, generation)
+    began = time.monotonic()
+    with ours, theirs:
+        for slow in (bad_worker.slow_to_close(), bad_worker.wrapped(bad_worker.slow_to_close())):
+            word = program.SETTLED if slow.family == socket.AF_UNIX else program.DRAINED
+            socket.send_fds(theirs, [word], [slow.fileno()])
+            slow.close()
+            mother.hear_child(0)
+    signal.signal(signal.SIGALRM, before)
+    generation.close_inbox()
+    assert mother.children[0].said == {program.SETTLED, program.DRAINED}
+    assert time.monotonic() - began < bad_worker.SLOW_SECONDS
+
+
+def test_resolver_whose_threads_are_all_stuck_makes_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "RESOLVE_SECONDS", 0.01)
+    resolver = program.Resolver()
+    while resolver.free.acquire(blocking=False):
+        pass
+    read_end, write_end = program.make_inbox()
+    answer, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with read_end, write_end, answer:
+        socket.send_fds(write_end, [bad_worker.RESOLVE], [answer.fileno()])
+        control, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        monkeypatch.setattr(program.signal, "setitimer", lambda *_: None)
+        with control:
+            assert program.run_helper(program.Log("sockd"), read_end, control, resolver) == 1
+    resolver.drain()  # does not wait for what does not end
+
+
+def test_helper_without_a_free_descriptor_accuses_nobody() -> None:
+    read_end, write_end = program.make_inbox()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with read_end, write_end, ours:
+        with theirs:
+            socket.send_fds(write_end, [bad_worker.RESOLVE], [theirs.fileno()])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with pytest.raises(BlockingIOError):
+                program.receive_question(read_end, program.Resolver.granted)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert ours.recv(1) == b""  # the asker is not left waiting
 
 
 # ------------------------------ random handshakes ------------------------------

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -410,6 +411,34 @@ def test_limits_bear_memory_that_a_hijacked_worker_wrote(junk: bytes) -> None:
         counts.leave(counts.take(limited, client))
     counts.leave(place)
     counts.forget(0)
+
+
+def test_limits_lose_patience_with_a_lock_that_is_held_again_and_again() -> None:
+    counts, limited = make_counts("session.max: 99")
+    ready = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            with counts.lock:
+                os.write(ready[1], b".")
+                time.sleep(0.3)
+            time.sleep(0.002)
+    try:
+        for _ in range(8):
+            os.read(ready[0], 1)  # it holds the lock
+            counts.take(limited, program.Endpoint("127.0.0.1", 1, 4))
+        assert counts.lock.patience < program.LOCK_SECONDS / 4
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        for descriptor in ready:
+            os.close(descriptor)
+
+
+def test_file_that_is_locked_holds_nothing() -> None:
+    counts, _ = make_counts("session.max: 1")
+    with pytest.raises(PermissionError):
+        os.write(counts.lock.descriptor, b"memory that would outlive the worker")
 
 
 def test_limits_do_not_wait_for_a_lock_that_is_never_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
