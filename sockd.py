@@ -3695,21 +3695,29 @@ class Policy:
                 return False
         return False
 
+    def _match_route(self, route: Route, facts: Facts, lookup: Lookup) -> tuple[Endpoint, ...] | None:
+        """Return those addresses of the target that a route leads to, or None where it does not match."""
+        if facts.command not in route.commands or facts.protocol not in route.protocols:
+            return None
+        if match_address(route.source, facts.source, (), lookup) is None:
+            return None
+        if facts.target is None:
+            return ()
+        if not self.fake or facts.target.family:
+            return match_address(route.target, facts.target, facts.addresses, lookup)
+        matched = match_address(route.target, facts.target, (), lookup)
+        return None if matched is None else facts.addresses
+
     def routes(self, facts: Facts, lookup: Lookup) -> tuple[Path, ...]:
         """Return the paths by which a request may go, in the order in which they are to be tried.
 
         Call it only where there are routes: without any, everything is direct.
         """
         found = []
+        if self.fake:
+            lookup = NamelessLookup(lookup)
         for path in self.paths:
-            route = path.route
-            if facts.command not in route.commands or facts.protocol not in route.protocols:
-                continue
-            if match_address(route.source, facts.source, (), lookup) is None:
-                continue
-            addresses: tuple[Endpoint, ...] | None = ()
-            if facts.target is not None:
-                addresses = match_address(route.target, facts.target, facts.addresses, lookup)
+            addresses = self._match_route(path.route, facts, lookup)
             if addresses is None:
                 continue
             path = path._replace(addresses=addresses)
@@ -9667,7 +9675,8 @@ class Session:
         self.client_rule = self.record.client_rule = decision.rule
         self.identity = identity
         self.record.identify(identity)
-        reason = self.find_admission_fault(decision) if decision.verdict == "pass" else decision.reason
+        passes = decision.verdict == "pass"
+        reason = self.verify(decision.method, decision.rule) if passes else decision.reason
         if not reason:
             decision = self.wrap(decision, self.connection)
             reason = decision.reason
@@ -9675,7 +9684,7 @@ class Session:
             self.record.blocked_at_accept(reason)
             return False
         try:
-            self.take_place(decision.rule)
+            self.let_in(decision.rule)
         except Refused as refusal:
             self.record.blocked_at_accept(str(refusal), LOGS_A_BLOCK)
             return False
@@ -9714,22 +9723,27 @@ class Session:
             peer = endpoint_of(connection.getpeername())
             log_features(self.serving.log, logs, side, peer, connection)
 
-    def find_admission_fault(self, decision: Decision) -> str:
-        """Return why a client that a client-rule passes stays outside after all, or ""."""
-        return self.verify(decision.method, decision.rule) or self.find_srchost_fault()
+    def let_in(self, rule: Rule) -> None:
+        """Check the client's DNS entry and count the session; Refused."""
+        fault = self.find_srchost_fault(self.client)
+        if fault:
+            raise Refused(fault)
+        self.take_place(rule)
 
-    def find_srchost_fault(self) -> str:
-        """Return what is wrong with the client's DNS entry (sockd.conf(5), srchost), or ""."""
+    def find_srchost_fault(self, host: Endpoint) -> str:
+        """Return what is wrong with the DNS entry of who connects (sockd.conf(5), srchost), or ""."""
         srchost = self.config.srchost
         if not srchost & {"nodnsunknown", "nodnsmismatch"}:
             return ""
-        names = self.lookup.names(self.client)
+        names = self.lookup.names(host)
         if not names:
-            return f"no dns entry found for srchost {self.client}" if "nodnsunknown" in srchost else ""
-        hosts = {address.host for name in names for address in self.lookup.addresses(name)}
-        if "nodnsmismatch" in srchost and self.client.host not in hosts:
+            return f"no dns entry found for srchost {host}" if "nodnsunknown" in srchost else ""
+        # As Dante: with "resolveprotocol: fake" no name has an address.
+        asked = () if self.serving.policy.fake else names
+        hosts = {address.host for name in asked for address in self.lookup.addresses(name)}
+        if "nodnsmismatch" in srchost and host.host not in hosts:
             return (
-                "DNS IP/hostname mismatch.  IP does not match reversemapped addresses for "
+                f"DNS IP/hostname mismatch.  {host.host} does not match reversemapped addresses for "
                 f'hostname "{escape_text(names[0])}"'
             )
         return ""
@@ -9932,12 +9946,19 @@ class Session:
             if reason:
                 return Decision("block", FINAL_SOCKS_BLOCK, reason)
         decision = self.serving.policy.socks_decision(facts, self.lookup)
-        if facts.command not in REPLY_COMMANDS:
-            fault = self.verify(decision.method, decision.rule)
-            if fault:
-                # As Dante: a wrong password ends the search; no later rule is tried.
-                return decision._replace(verdict="block", reason=fault)
+        fault = self.verify_facts(decision, facts)
+        if fault:
+            # As Dante: a wrong password ends the search; no later rule is tried.
+            return decision._replace(verdict="block", reason=fault)
         return self.wrap(decision, peer or self.connection)
+
+    def verify_facts(self, decision: Decision, facts: Facts) -> str:
+        """Return why a request or reply does not pass after all, or ""."""
+        if facts.command not in REPLY_COMMANDS:
+            return self.verify(decision.method, decision.rule)
+        # As Dante: who connects to a BIND is checked as clients are, who sends a datagram is not.
+        checked = facts.command == "bindreply" and decision.verdict == "pass"
+        return self.find_srchost_fault(facts.source) if checked else ""
 
     def wrap(self, decision: Decision, connection: socket.socket) -> Decision:
         """Have the libwrap line of the rule carried out, if it has one; where that fails, block.
@@ -11073,10 +11094,12 @@ class RoutedBindRequest(BindRequest):
             session.reply(refusal.reply, target)
             return
         paths = session.find_paths("bind", target, addresses)
-        if paths and not paths[0].steps:
-            super().run()
-        elif paths:
+        # As Dante: without a route, too, a family that is not there outside comes first.
+        unusable = target.family and target.family not in external_families(session.config, session.lookup)
+        if paths and paths[0].steps:
             self.bind_there(paths, addresses)
+        elif paths or unusable:
+            super().run()
         else:
             text = "could not get address to use on external side: " + NO_UPSTREAM_COMMAND.format("bind")
             self.fail(session.client_rule, UNSPECIFIED, text, Reply.NETWORK_UNREACHABLE)

@@ -53,7 +53,7 @@ class Attempt(NamedTuple):
     server: int  # 0: the IPv4 listener, 1: the IPv6 one
     source: str
     source_port: int  # 0: any
-    version: str  # "4", "4a" or "5"
+    version: str  # "4", "4a", "5" or "http"
     methods: tuple[int, ...]
     user: tuple[bytes, bytes]
     command: str
@@ -91,6 +91,27 @@ TARGET_HOSTS = (
 OPERATORS = ("=", "eq", "!=", "ne", ">", "gt", ">=", "ge", "<", "lt", "<=", "le")
 METHODS = ("none", "none", "username", "username none", "none username", "rfc931 none", "username rfc931")
 COMMANDS = ("connect", "bind", "udpassociate", "bindreply", "udpreply")
+# Settings that may change what becomes of a client, each with how often of a hundred it is there.
+SETTINGS = {
+    "resolveprotocol: fake": 8,
+    "resolveprotocol: tcp": 3,
+    "srchost: checkreplyauth": 8,
+    "srchost: nodnsunknown": 4,
+    "srchost: nodnsmismatch": 4,
+    "udp.connectdst: no": 8,
+    "compatibility: sameport": 5,
+    "external.rotation: route": 6,
+    "external.rotation: same-same": 6,
+    "timeout.negotiate: 60": 4,
+    "external.socket.so_keepalive: 1": 4,
+    "route.maxfail: 3": 4,
+    "child.maxrequests: 100": 3,
+}
+# And some of a rule that must change nothing.
+HARMLESS = (
+    "timeout.connect: 40", "timeout.io: 50", "session.max: 1000", "session.throttle: 1000/1",
+    "internal.ip.ip_tos: 8", "clientmethod: none", "internal.log.info.error: econnreset",
+)  # fmt: skip
 USERS = ((b"alice", b"wonderland"), (b"bob", b"builder"), (b"alice", b"wrong"), (b"nobody", b""))
 NAMING = {"username", "rfc931"}
 
@@ -101,6 +122,7 @@ class Generator:
     def __init__(self, seed: str) -> None:
         self.random = random.Random(seed)
         self.methods: list[str] = []
+        self.clientmethods = ["none"]
         self.versions = ["4", "4a", "5", "5", "5", "5"]
 
     def make(self, number: int) -> Case:
@@ -122,16 +144,18 @@ class Generator:
     def config(self) -> str:
         chosen = self.random.choice(METHODS)
         self.methods = chosen.split()
+        self.clientmethods = ["none"]
+        if self.often(10):
+            self.clientmethods = self.random.choice([["none", "rfc931"], ["rfc931", "none"], ["rfc931"]])
         lines = [
             "internal: 127.0.0.1 port = 0",
             "internal: fd00::6 port = 0",
-            "external: 127.0.0.1",
-            *(["external: fd00::6"] if self.often(80) else []),
-            f"socksmethod: {chosen}",
+            *self.externals(),
+            f"{'method' if self.often(5) else 'socksmethod'}: {chosen}",
+            f"clientmethod: {' '.join(self.clientmethods)}",
             "user.privileged: root",
             "user.unprivileged: nobody",
-            *(["resolveprotocol: fake"] if self.often(8) else []),
-            *(["srchost: checkreplyauth"] if self.often(8) else []),
+            *(setting for setting, percent in SETTINGS.items() if self.often(percent)),
         ]
         rules = [self.client_rule() for _ in range(self.random.randint(0, 3))]
         if not rules or self.often(75):
@@ -139,7 +163,37 @@ class Generator:
         rules += [self.socks_rule() for _ in range(self.random.randint(1, 7))]
         if self.often(40):
             rules.append(rule("socks pass", "0/0", "0/0", []))
+        if self.often(12):
+            rules += [self.route() for _ in range(self.random.randint(1, 3))]
+        if self.often(6):
+            rules.append(self.monitor())
         return "\n".join([*lines, *rules]) + "\n"
+
+    def externals(self) -> list[str]:
+        """Give the addresses to connect from, and sometimes the families of which they may be."""
+        lines = ["external: 127.0.0.1"]
+        if self.often(80):
+            lines.append("external: fd00::6")
+        if self.often(10):
+            lines.insert(self.random.randint(0, len(lines)), "external: 127.0.0.2")
+        if self.often(8):
+            lines.insert(0, f"external.protocol: {self.random.choice(['ipv4', 'ipv6', 'ipv6 ipv4'])}")
+        return lines
+
+    def route(self) -> str:
+        """Give a direct route, for some requests or for all."""
+        target = self.random.choice([name for name in TARGETS if name != "lo"])  # danted hangs there
+        source = self.random.choice([name for name in SOURCES if name != "lo"])  # which both refuse
+        options = []
+        if self.often(70):
+            options.append(f"command: {' '.join(self.some(COMMANDS[:3]))}")
+        lines = ["route {", f"from: {source} to: {target} via: direct", *options, "}"]
+        return "\n".join(lines)
+
+    def monitor(self) -> str:
+        source, target = self.random.choice(SOURCES), self.random.choice(TARGETS)
+        lines = ["monitor {", f"from: {source} to: {target}", "alarm.data: 1 in 60", "}"]
+        return "\n".join(lines)
 
     def verdict(self) -> str:
         return "block" if self.often(35) else "pass"
@@ -159,6 +213,10 @@ class Generator:
         options = []
         if self.often(25):
             options.append(f"socksmethod: {' '.join(self.some(self.methods))}")
+        if self.often(15):
+            options.append(f"clientmethod: {' '.join(self.some(self.clientmethods))}")
+        if self.often(8):
+            options.append(self.random.choice(HARMLESS))
         return rule(f"client {self.verdict()}", self.source(), self.random.choice(SERVERS) + port, options)
 
     def socks_rule(self) -> str:
@@ -173,8 +231,13 @@ class Generator:
         if self.often(12):
             options.append(f"proxyprotocol: {self.random.choice(['socks_v4', 'socks_v5'])}")
         if self.often(6):
-            options.append("clientmethod: none")
-        return rule(f"socks {self.verdict()}", self.source(), target, options + self.identity())
+            options.append(f"clientmethod: {' '.join(self.some(self.clientmethods))}")
+        if self.often(6):
+            options.append("udp.portrange: 20000-29999")
+        if self.often(8):
+            options.append(self.random.choice(HARMLESS))
+        kind = self.verdict() if self.often(8) else f"socks {self.verdict()}"
+        return rule(kind, self.source(), target, options + self.identity())
 
     def identity(self) -> list[str]:
         """Give what a rule asks of the client's identity."""
@@ -190,10 +253,10 @@ class Generator:
 
     def attempt(self, index: int) -> Attempt:
         server = int(self.often(30))
-        version = self.random.choice(self.versions)
+        version = "http" if self.often(3) else self.random.choice(self.versions)
         command = self.random.choice(["connect"] * 4 + ["bind", "udpassociate"])
         target = self.random.choice(TARGET_HOSTS)
-        if version != "5":
+        if version in ("4", "4a"):
             command = "bind" if command == "bind" else "connect"
             target = target if is_ipv4(target) or (version == "4a" and not is_ipv6(target)) else "127.0.0.1"
             version = "4" if is_ipv4(target) or command == "bind" else "4a"
@@ -354,6 +417,10 @@ class Visit:
 
     def talk(self) -> None:
         attempt = self.attempt
+        if attempt.version == "http":
+            self.client.sendall(f"CONNECT {attempt.target}:{attempt.port} HTTP/1.1\r\n\r\n".encode())
+            self.seen.append(f"hears {self.read(1)!r}")
+            return
         if attempt.version == "5" and not self.greet():
             return
         if attempt.command == "udpassociate":
@@ -604,7 +671,31 @@ def has_both_families(case: Case, attempt: Attempt, theirs: Outcome, ours: Outco
     return is_it and theirs.seen.endswith("lost") and set(theirs.rules) <= set(ours.rules)
 
 
-DIFFERENCES = (needs_authentication, has_both_families)
+def tries_every_address(case: Case, attempt: Attempt, theirs: Outcome, ours: Outcome) -> bool:
+    """danted has no source for the first family of a name, and does not try the other."""
+    is_it = attempt.target in ("both.test", "mixed.test") and "same-same" in case.config
+    return is_it and theirs.seen.endswith(("reply 3", "reply False"))
+
+
+def judges_the_name(case: Case, attempt: Attempt, theirs: Outcome, ours: Outcome) -> bool:
+    """A route is asked about the name that was sent; danted's, once a rule has compared it, an address."""
+    is_it = "\nroute {" in case.config and not is_ipv4(attempt.target) and not is_ipv6(attempt.target)
+    return is_it and theirs.seen.endswith(("reply 3", "reply False"))
+
+
+def may_find_a_route(case: Case, attempt: Attempt, theirs: Outcome, ours: Outcome) -> bool:
+    """Each datagram looks for its route; danted wants one for every target when UDP is asked for."""
+    is_it = "\nroute {" in case.config and attempt.command == "udpassociate"
+    return is_it and theirs.seen.endswith("reply 3")
+
+
+DIFFERENCES = (
+    needs_authentication,
+    has_both_families,
+    tries_every_address,
+    judges_the_name,
+    may_find_a_route,
+)
 
 
 def is_on_purpose(case: Case, attempt: Attempt, theirs: Outcome, ours: Outcome) -> bool:
@@ -626,6 +717,11 @@ def pipelines(private_world: World, tmp_path_factory: pytest.TempPathFactory) ->
     for line in lines:
         line.close()
     targets.close()
+
+
+def connect(source: str) -> Attempt:
+    """Give a client that connects to a target of its own address."""
+    return Attempt(0, source, 0, "5", (0,), USERS[0], "connect", "127.0.0.1", PORTS[0], source, False)
 
 
 def associate(source: str, port: int, **more: Any) -> Attempt:
@@ -656,6 +752,27 @@ FOUND = {
     "the other family is not every target": (IPV4_ONLY + BLOCK_IPV6 + PASS_ALL, associate("127.0.0.5", 0)),
     "one of two families is not every target": (BOTH + BLOCK_IPV4 + PASS_ALL, associate("127.0.0.5", 0)),
     "the UDP port that a client names is judged": (IPV4_ONLY + PASS_LOW_PORTS, associate("127.0.0.5", 700)),
+    "a route to a name where names have no addresses": (
+        "resolveprotocol: fake\n" + IPV4_ONLY + PASS_ALL + "route { from: 0/0 to: echo.test via: direct }\n",
+        connect("127.0.0.5"),
+    ),
+    "a route to a name": (
+        IPV4_ONLY + PASS_ALL + "route { from: 0/0 to: echo.test via: direct }\n",
+        connect("127.0.0.5"),
+    ),
+    "a client without a name": (IPV4_ONLY + PASS_ALL, connect("127.0.0.9")),
+    "a client without a name where all need one": (
+        "srchost: nodnsunknown\n" + IPV4_ONLY + PASS_ALL,
+        connect("127.0.0.9"),
+    ),
+    "a BIND's peer without a name where all need one": (
+        "srchost: nodnsunknown\n" + IPV4_ONLY + PASS_ALL,
+        connect("127.0.0.5")._replace(command="bind", peer="127.0.0.9"),
+    ),
+    "a client with a name where names have no addresses": (
+        "srchost: nodnsmismatch\nresolveprotocol: fake\n" + IPV4_ONLY + PASS_ALL,
+        connect("127.0.0.5"),
+    ),
     "the TCP port is judged without it": (
         IPV4_ONLY + PASS_LOW_PORTS,
         associate("127.0.0.5", 700, names_itself=False),
