@@ -3703,10 +3703,7 @@ class Policy:
             return None
         if facts.target is None:
             return ()
-        if not self.fake or facts.target.family:
-            return match_address(route.target, facts.target, facts.addresses, lookup)
-        matched = match_address(route.target, facts.target, (), lookup)
-        return None if matched is None else facts.addresses
+        return match_address(route.target, facts.target, facts.addresses, lookup)
 
     def routes(self, facts: Facts, lookup: Lookup) -> tuple[Path, ...]:
         """Return the paths by which a request may go, in the order in which they are to be tried.
@@ -3715,6 +3712,7 @@ class Policy:
         """
         found = []
         if self.fake:
+            # As Dante: the target's name was resolved to connect to it, those of routes are not.
             lookup = NamelessLookup(lookup)
         for path in self.paths:
             addresses = self._match_route(path.route, facts, lookup)
