@@ -10999,37 +10999,46 @@ class ExtendedBindRequest(BindRequest):
         )
         if decision.verdict == "pass":
             decision = session.count(decision)
-        places = session.places[held:]
-        del session.places[held:]
         if decision.verdict == "block":
             # Unlike Dante: who may not come in does not end the BIND.
             self.log_stranger(decision.rule, peer, self.bound, decision.reason)
             connection.close()
             return
-        self.forward(decision.rule, connection, peer, places)
+        forwarding = Forwarding(self, decision.rule, self.open_back(), connection, peer)
+        forwarding.places = session.places[held:]
+        del session.places[held:]
+        self.start(forwarding)
 
-    def forward(self, rule: Rule, connection: socket.socket, peer: Endpoint, places: list[Place]) -> None:
+    def open_back(self) -> socket.socket:
+        """Return a socket for a call to the client, from where that has found us; OSError."""
+        back = socket.socket(FAMILY_OF[self.session.client.family], socket.SOCK_STREAM)
+        try:
+            back.bind(socket_address(self.session.local._replace(port=0)))
+        except OSError:
+            back.close()
+            raise
+        return back
+
+    def start(self, forwarding: Forwarding) -> None:
         """Start the thread that calls the client back for a peer."""
-        session = self.session
-        back = socket.socket(FAMILY_OF[session.client.family], socket.SOCK_STREAM)
-        back.bind(socket_address(session.local._replace(port=0)))
+        session, rule = self.session, forwarding.rule
+        back, connection = forwarding.client_side.connection, forwarding.peer_side.connection
+        with self.gate:
+            self.forwarded.add(forwarding)  # from here on it is released, whatever happens
+        self.has_forwarded = True
         for opened in (back, connection):
             opened.setblocking(False)
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(session.serving.keepalive))
         session.set_options(back, rule, "internal")
-        forwarding = Forwarding(self, rule, back, connection, peer)
-        forwarding.places = places
         forwarding.budget = session.open_budget(rule)
         forwarding.meter = session.open_meter(session.facts("bind", self.bound))
-        with self.gate:
-            self.forwarded.add(forwarding)
-        self.has_forwarded = True
         assert session.serving.start_thread is not None
         try:
             session.serving.start_thread(session.client, forwarding.run)
         except (RuntimeError, MemoryError) as error:
-            self.record_failure(rule, peer, forwarding.source, str(error) or "out of memory")
+            fault = str(error) or "out of memory"
+            self.record_failure(rule, forwarding.peer, forwarding.source, fault)
             self.release(forwarding)
 
     def record_failure(self, rule: Rule, peer: Endpoint, source: Endpoint, reason: str) -> None:
