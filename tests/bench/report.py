@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from linear import Record
+from prices import Paid
 from work import Goal, Row, Values
 
 BASE = "danted"
@@ -33,6 +34,7 @@ class Results:
     rounds: list[dict[str, Values]] = field(default_factory=list)
     linear: dict[str, dict[str, list[Record]]] = field(default_factory=dict)
     churn: dict[str, dict[str, Any]] = field(default_factory=dict)
+    prices: list[Paid] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -172,6 +174,25 @@ def churn_section(server: str, churn: dict[str, Any]) -> str:
     return title + show_table(header, lines) + f"\nIn all: {totals}.\n"
 
 
+def price_cells(paid: list[Paid]) -> list[str]:
+    """Return one line of the table of prices, from all the rounds of a feature."""
+    without, own = statistics.median(p.cpu_without for p in paid), statistics.median(p.cpu for p in paid)
+    cpu = spread([p.cpu / p.cpu_without for p in paid if p.cpu_without])
+    rate = spread([p.rate / p.rate_without for p in paid])
+    first = paid[0]
+    return [first.feature, first.unit, show(without), show(own), show_spread(cpu), show_spread(rate)]
+
+
+def price_section(prices: list[Paid]) -> str:
+    """Return what each feature costs sockd: with it, in what it is without."""
+    if not prices:
+        return ""
+    header = ["feature", "work", "CPU µs without", "with", "CPU ratio", "rate ratio"]
+    keys = dict.fromkeys((paid.feature, paid.unit) for paid in prices)
+    lines = [price_cells([p for p in prices if (p.feature, p.unit) == key]) for key in keys]
+    return "### Price of features: sockd with them and without\n\n" + show_table(header, lines)
+
+
 def explanation() -> str:
     return (
         "Medians over all rounds.  A ratio is taken within one round and "
@@ -187,6 +208,7 @@ def make_markdown(results: Results) -> str:
         parts += [explanation(), main_table(results), batch_table(results)]
     parts += [linear_section(name, servers) for name, servers in results.linear.items() if servers]
     parts += [churn_section(server, churn) for server, churn in results.churn.items()]
+    parts.append(price_section(results.prices))
     if results.notes:
         parts.append("Notes:\n\n" + "\n".join(f"- {note}" for note in results.notes) + "\n")
     return "\n".join(part for part in parts if part)

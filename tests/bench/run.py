@@ -24,6 +24,7 @@ import report
 from chart import make_chart
 from churn import run_churn
 from linear import SERIES
+from prices import pay_all
 from servers import SERVERS, BenchError, Server, is_installed, sockd_program
 from work import (
     IDLE_STEPS,
@@ -35,7 +36,6 @@ from work import (
     applies,
     make_tasks,
     orderly_task,
-    price_tasks,
 )
 
 DESCRIPTORS_WANTED = 65536
@@ -59,10 +59,10 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the rows and stop")
     parser.add_argument("--sockd-args", default="", metavar="ARGS", help='say "-N 4"')
     parser.add_argument("--orderly", action="store_true", help="also the row with TIME_WAIT, slow")
-    parser.add_argument("--prices", action="store_true", help="also rows with limits, bandwidth, monitor")
+    parser.add_argument("--prices", nargs="?", const=".", default="", metavar="REGEX")
     parser.add_argument("--linear", nargs="?", const=",".join(SERIES), default="", metavar="SERIES")
     parser.add_argument("--churn", type=float, default=0.0, metavar="SECONDS")
-    parser.add_argument("--no-table", action="store_true", help="only --linear and --churn")
+    parser.add_argument("--no-table", action="store_true", help="only --linear, --churn and --prices")
     parser.add_argument("--out", type=Path, help="folder for the results (a new one in /tmp)")
     return check_options(parser, parser.parse_args(arguments))
 
@@ -220,7 +220,6 @@ def measure(options: argparse.Namespace, folder: Path) -> report.Results:
     servers = choose_servers(options.servers, notes)
     steps = QUICK_IDLE_STEPS if options.quick else IDLE_STEPS
     extra = [orderly_task(32)] if options.orderly else []
-    extra += price_tasks() if options.prices else []
     tasks, rows = choose_tasks(make_tasks(steps) + extra, options.only)
     names = [server.name for server in servers]
     results = report.Results(describe_machine(options), rows, names, notes=notes)
@@ -229,6 +228,8 @@ def measure(options: argparse.Namespace, folder: Path) -> report.Results:
     for _ in range(0 if options.no_table else options.rounds):
         measure_round(results, tasks, servers, context)
     measure_linear(results, list(filter(None, options.linear.split(","))), servers, context)
+    if options.prices:
+        results.prices += pay_all(context, options.prices, notes, say)
     if options.churn:
         measure_churn(results, options.churn, servers, context)
     return results
@@ -252,7 +253,7 @@ def write_results(results: report.Results, folder: Path) -> None:
 
 
 def list_rows() -> None:
-    for task in [*make_tasks(IDLE_STEPS), orderly_task(32), *price_tasks()]:
+    for task in [*make_tasks(IDLE_STEPS), orderly_task(32)]:
         for row in task.rows:
             print(f"{row.key:14} {row.title}")
 

@@ -42,9 +42,14 @@ class Setup:
 
     ports: tuple[int, ...] = ()
     rules: int = 1
+    head: tuple[str, ...] = ()  # lines above the rules
+    clientmethod: str = "none"
+    socksmethod: str = "none"
+    client_items: tuple[str, ...] = ()  # lines in the client-rule
     items: tuple[str, ...] = ()  # lines in the rule that all sessions match
     objects: tuple[str, ...] = ()  # lines behind the rules
     sockd_args: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,12 @@ def make_config(setup: Setup, folder: Path) -> str:
     """
     lines = [f"logoutput: {folder}/log"]
     lines += [f"internal: 127.0.0.1 port = {port}" for port in setup.ports]
-    lines += ["external: 127.0.0.1", "socksmethod: none", "clientmethod: none"]
+    lines += ["external: 127.0.0.1", f"socksmethod: {setup.socksmethod}"]
+    lines += [f"clientmethod: {setup.clientmethod}", *setup.head]
     if os.geteuid() == 0:
         lines.append("user.privileged: root")
     lines.append(f"user.unprivileged: {unprivileged_user()}")
-    lines += ["client pass { from: 127.0.0.0/8 to: 127.0.0.0/8", " log: connect", "}"]
+    lines += ["client pass { from: 127.0.0.0/8 to: 127.0.0.0/8", " log: connect", *setup.client_items, "}"]
     lines += [blocking_rule(number) for number in range(setup.rules - 1)]
     lines += ["socks pass { from: 127.0.0.0/8 to: 0.0.0.0/0", " log: connect", *setup.items, "}"]
     lines += setup.objects
@@ -194,12 +200,14 @@ class Running:
         folder: Path,
         listeners: int = 1,
         is_ready: Callable[[int], bool] = greets,
+        wait: Callable[[], None] = await_quiet_ports,
     ) -> None:
         self.server = server
         self.setup = setup
         self.folder = folder / server.name
         self.listeners = listeners
         self.is_ready = is_ready
+        self.wait = wait  # before it is started
         self.port = 0
         self.start_seconds = 0.0
         self.process: subprocess.Popen[bytes] | None = None
@@ -210,7 +218,7 @@ class Running:
         return self.process.pid
 
     def __enter__(self) -> Running:
-        await_quiet_ports()
+        self.wait()
         for _ in range(START_TRIES):
             try:
                 if self.started():
@@ -243,6 +251,7 @@ class Running:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                env={**os.environ, **dict(setup.environment)},
                 start_new_session=True,
             )
         return self.ready_since(begin)

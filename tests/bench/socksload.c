@@ -4,6 +4,8 @@
  *
  *   socksload rate  PORT SESSIONS SECONDS       connect, CONNECT, one byte each way, close
  *   socksload orderly PORT SESSIONS SECONDS     the same, but the origin closes in order
+ *   socksload login PORT SESSIONS SECONDS       the same as rate, by user name and password
+ *   socksload http  PORT SESSIONS SECONDS       the same as rate, by HTTP's CONNECT
  *   socksload ping  PORT SESSIONS SECONDS       64-byte round trips over sessions that stay
  *   socksload bulk  PORT SESSIONS SECONDS       download as fast as it comes
  *   socksload idle  PORT SESSIONS SECONDS       open as many as each line of stdin says, hold
@@ -22,6 +24,10 @@
 enum {
 	CMD_CONNECT = 1,
 	MESSAGE_SIZE = 64,
+	HEAD_SIZE = 512,        /* of an answer to HTTP's CONNECT, at most */
+	STATUS_SIZE = 2,        /* VER STATUS (RFC 1929 section 2) */
+	NO_METHOD = 0,
+	PASSWORD_METHOD = 2,
 	SOURCE_CHUNK = 256 * 1024,
 	SINK_CHUNK = 1024 * 1024,
 	CLOSED_PORT = 1,        /* tcpmux: nobody listens there */
@@ -32,8 +38,13 @@ enum {
 	DRAIN_SECONDS = 5,
 };
 
-enum mode { RATE, ORDERLY, PING, BULK, IDLE, CHURN };
-static const char *const mode_names[] = {"rate", "orderly", "ping", "bulk", "idle", "churn"};
+enum mode { RATE, ORDERLY, LOGIN, HTTP, PING, BULK, IDLE, CHURN };
+static const char *const mode_names[] = {
+	"rate", "orderly", "login", "http", "ping", "bulk", "idle", "churn",
+};
+
+/* RFC 1929 section 2: VER, and user name and password with their lengths. */
+static const char login[] = "\1\5bench\5bench";
 
 /* How a session of a churn run ends; they take turns. */
 enum ending {
@@ -47,7 +58,7 @@ enum ending {
 	ENDINGS,
 };
 
-enum state { CONNECTING, AWAIT_METHOD, AWAIT_REPLY, AWAIT_ECHO, STREAMING, AWAIT_END, HELD };
+enum state { CONNECTING, AWAIT_METHOD, AWAIT_STATUS, AWAIT_HEAD, AWAIT_REPLY, AWAIT_ECHO, STREAMING, AWAIT_END, HELD };
 
 /* What a handler tells the loop to do with its session. */
 enum outcome { GO_ON, FINISHED, FAILED };
@@ -57,7 +68,7 @@ struct session {
 	enum state state;
 	enum ending ending;
 	size_t got; /* bytes of the awaited message in `message` */
-	unsigned char message[MESSAGE_SIZE];
+	unsigned char message[HEAD_SIZE];
 	double began;
 };
 
@@ -214,6 +225,27 @@ static enum outcome gather(struct session *s, size_t size)
 	return s->got == size ? FINISHED : GO_ON;
 }
 
+static enum outcome send_greeting(struct session *s)
+{
+	unsigned char message[sizeof greeting];
+
+	memcpy(message, greeting, sizeof message);
+	if (mode == LOGIN)
+		message[2] = PASSWORD_METHOD;
+	return send_all(s, message, sizeof message);
+}
+
+static enum outcome ask_by_http(struct session *s)
+{
+	char text[HEAD_SIZE];
+	int size = snprintf(text, sizeof text,
+			    "CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n",
+			    origin_port, origin_port);
+
+	await(s, AWAIT_HEAD);
+	return send_all(s, text, size);
+}
+
 static enum outcome on_connected(struct session *s)
 {
 	int error = 0;
@@ -223,26 +255,46 @@ static enum outcome on_connected(struct session *s)
 	if (error != 0)
 		return FAILED;
 	watch(epoll_fd, EPOLL_CTL_MOD, s->fd, EPOLLIN, s);
+	if (mode == HTTP)
+		return ask_by_http(s);
 	await(s, AWAIT_METHOD);
 	if (s->ending == IN_GREETING)
 		return send_all(s, greeting, 1) == GO_ON ? FINISHED : FAILED;
-	return send_all(s, greeting, sizeof greeting);
+	return send_greeting(s);
 }
 
-static enum outcome on_method(struct session *s)
+static enum outcome request(struct session *s)
 {
 	unsigned char request[REQUEST_SIZE];
-	enum outcome outcome = gather(s, METHOD_REPLY_SIZE);
 
-	if (outcome != FINISHED)
-		return outcome;
-	if (s->message[1] != 0)
-		return FAILED;
 	fill_request(request, CMD_CONNECT, s->ending == BY_REFUSAL ? CLOSED_PORT : origin_port);
 	await(s, AWAIT_REPLY);
 	if (send_all(s, request, sizeof request) == FAILED)
 		return FAILED;
 	return s->ending == IN_REQUEST ? FINISHED : GO_ON;
+}
+
+static enum outcome on_method(struct session *s)
+{
+	enum outcome outcome = gather(s, METHOD_REPLY_SIZE);
+
+	if (outcome != FINISHED)
+		return outcome;
+	if (s->message[1] != (mode == LOGIN ? PASSWORD_METHOD : NO_METHOD))
+		return FAILED;
+	if (mode != LOGIN)
+		return request(s);
+	await(s, AWAIT_STATUS);
+	return send_all(s, login, sizeof login - 1);
+}
+
+static enum outcome on_status(struct session *s)
+{
+	enum outcome outcome = gather(s, STATUS_SIZE);
+
+	if (outcome != FINISHED)
+		return outcome;
+	return s->message[1] == 0 ? request(s) : FAILED;
 }
 
 static enum outcome use(struct session *s)
@@ -273,6 +325,24 @@ static enum outcome on_reply(struct session *s)
 	if (s->ending == BY_REFUSAL)
 		return s->message[1] != 0 ? FINISHED : FAILED;
 	if (s->message[1] != 0)
+		return FAILED;
+	established++;
+	return use(s);
+}
+
+/* The head ends with an empty line; nothing comes behind it before we have sent something. */
+static enum outcome on_head(struct session *s)
+{
+	ssize_t count = read(s->fd, s->message + s->got, HEAD_SIZE - s->got);
+
+	if (count < 0 && errno == EAGAIN)
+		return GO_ON;
+	if (count <= 0)
+		return FAILED;
+	s->got += count;
+	if (s->got < 4 || memcmp(s->message + s->got - 4, "\r\n\r\n", 4) != 0)
+		return s->got < HEAD_SIZE ? GO_ON : FAILED;
+	if (s->got < 12 || memcmp(s->message + 9, "200", 3) != 0)
 		return FAILED;
 	established++;
 	return use(s);
@@ -328,6 +398,8 @@ static enum outcome on_held(struct session *s)
 static enum outcome (*const handlers[])(struct session *) = {
 	[CONNECTING] = on_connected,
 	[AWAIT_METHOD] = on_method,
+	[AWAIT_STATUS] = on_status,
+	[AWAIT_HEAD] = on_head,
 	[AWAIT_REPLY] = on_reply,
 	[AWAIT_ECHO] = on_echo,
 	[STREAMING] = on_stream,

@@ -57,11 +57,10 @@ class Context:
     seconds: float
     sockd_args: tuple[str, ...]
     idle_steps: tuple[int, ...]
-    changes: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # to the setup
 
     @property
     def setup(self) -> Setup:
-        return Setup(sockd_args=self.sockd_args, **self.changes)  # type: ignore[arg-type]
+        return Setup(sockd_args=self.sockd_args)
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,6 @@ class Task:
     run: Callable[[Context, Server], Values]
     sessions: bool = False  # run it for servers that are measured in the session rows only
     udp: bool = False
-    servers: tuple[str, ...] = ()  # that have what it measures; (): all
 
 
 # ---- the tasks ----
@@ -226,56 +224,6 @@ def measure_start(context: Context, server: Server) -> Values:
     return {"start": statistics.median(times)}
 
 
-# ---- the price of what a configuration may ask for: the same rows as without it
-
-LIMITS = (
-    " session.max: 100000",
-    " session.throttle: 2000000000/1",
-    " session.state.key: from",
-    " session.state.max: 100000",
-)
-BANDWIDTH = (" bandwidth: 2000000000",)  # far above what can be had
-LIBWRAP = (" libwrap: nice 0",)  # a line that does nothing: what remains is the way to libwrap
-MONITOR = (
-    "monitor { from: 0.0.0.0/0 to: 0.0.0.0/0",
-    " protocol: tcp",
-    " alarm.data: 1 in 3600",
-    " alarm.disconnect: 1/1 in 3600",
-    "}",
-)
-
-
-def price_task(task: Task, name: str, servers: tuple[str, ...], **changes: tuple[str, ...]) -> Task:
-    """Return a task with lines added to the configuration, and with rows of its own."""
-
-    def rename(key: str) -> str:
-        return f"{name}.{key}"
-
-    def run(context: Context, server: Server) -> Values:
-        changed = dataclasses.replace(context, changes=changes)
-        return {rename(key): value for key, value in task.run(changed, server).items()}
-
-    rows = tuple(
-        dataclasses.replace(row, key=rename(row.key), title=f"{row.title}, with {name}", goal=Goal())
-        for row in task.rows
-    )
-    return Task(rows, run, servers=servers)
-
-
-def price_tasks() -> list[Task]:
-    """Return the tasks that `--prices` adds."""
-    both = ("sockd", "danted")
-    return [
-        price_task(session_task(32, goal=0), "limits", both, items=LIMITS),
-        price_task(bulk_task(8), "bandwidth", ("sockd",), items=BANDWIDTH),
-        price_task(ping_task(64), "bandwidth", ("sockd",), items=BANDWIDTH),
-        price_task(session_task(32, goal=0), "libwrap", both, items=LIBWRAP),
-        price_task(session_task(32, goal=0), "monitor", both, objects=MONITOR),
-        price_task(bulk_task(8), "monitor", both, objects=MONITOR),
-        price_task(ping_task(64), "monitor", both, objects=MONITOR),
-    ]
-
-
 # ---- the table ----
 
 PSS_GOALS = {60: Goal(ratio=1.0), 3000: Goal(ratio=0.11)}
@@ -309,8 +257,6 @@ def make_tasks(idle_steps: tuple[int, ...]) -> list[Task]:
 
 def applies(task: Task, server: Server) -> bool:
     """Return whether the server takes part in the task."""
-    if task.servers:
-        return server.name in task.servers
     if server.sessions_only:
         return task.sessions
     return server.has_config or not task.udp  # microsocks knows no UDP
