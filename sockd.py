@@ -3956,6 +3956,8 @@ BYTE_ESCAPES |= {
     0x07: "\\a", 0x08: "\\b", 0x09: "\\t", 0x0A: "\\n", 0x0B: "\\v", 0x0C: "\\f", 0x0D: "\\r",
     0x5C: "\\\\",
 }  # fmt: skip
+PLAIN_BYTES = bytes(byte for byte in range(256) if byte not in BYTE_ESCAPES)
+TEXT_OF_BYTE = [BYTE_ESCAPES.get(byte, chr(byte)) for byte in range(256)]
 # In a record, names stand as METHOD%USER@ADDRESS between blanks, or between quotes.
 TEXT_ESCAPES = BYTE_ESCAPES | {byte: f"\\{byte:03o}" for byte in b'\0 "%@'}
 NUL_BEFORE_DIGIT = re.compile("\0(?=[0-7])")
@@ -3968,9 +3970,12 @@ def escape_bytes(data: Octets) -> str:
     >>> print(escape_bytes(b"hi\tthere\r\n\xff\\"))
     hi\tthere\r\n\377\\
     """
-    text = str(data, WIRE_TEXT).translate(BYTE_ESCAPES)
+    if bytes(data).translate(None, PLAIN_BYTES):
+        text = "".join(map(TEXT_OF_BYTE.__getitem__, data))  # half the time that str.translate takes
+    else:
+        text = str(data, WIRE_TEXT)
     # As Dante: NUL is \0 unless that would swallow a digit of the payload.
-    return NUL_BEFORE_DIGIT.sub(r"\\000", text).replace("\0", "\\0")
+    return NUL_BEFORE_DIGIT.sub(r"\\000", text).replace("\0", "\\0") if "\0" in text else text
 
 
 def escape_text(text: str) -> str:
