@@ -5200,6 +5200,24 @@ def prctl(option: int, value: int) -> None:
         raise system_error("prctl")
 
 
+LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446  # asm-generic/unistd.h
+LANDLOCK_SCOPE_SIGNAL = 2  # linux/landlock.h
+
+
+def forbid_signals() -> None:
+    """Let this thread, and all that it starts, signal no other process from now on (landlock(7)).
+
+    Else processes of one user can stop and kill one another.  Needs PR_SET_NO_NEW_PRIVS; before Linux 6.12
+    there is no such thing, and all stays as it is.
+    """
+    call = load_library("").syscall
+    ruleset = struct.pack("=QQQ", 0, 0, LANDLOCK_SCOPE_SIGNAL)  # struct landlock_ruleset_attr
+    descriptor = call(LANDLOCK_CREATE_RULESET, ruleset, ctypes.c_size_t(len(ruleset)), 0)
+    if descriptor >= 0:
+        call(LANDLOCK_RESTRICT_SELF, descriptor, 0)
+        os.close(descriptor)
+
+
 # What the boot process of the executable (packaging/build) leaves in the environment besides LD_LIBRARY_PATH.
 BOOT_VARIABLES = (
     "_PYI_APPLICATION_HOME_DIR",
@@ -6342,7 +6360,7 @@ class Race:
 #
 #   mother (as started) --fork--> warden    (user.privileged)    passwords, privileged ports
 #                       --fork--> resolver  (user.unprivileged)  names, groups, interfaces
-#                       --fork--> worker(s) (user.unprivileged, chroot)   the clients
+#                       --fork--> worker(s) (user.unprivileged, chroot, no signals)   the clients
 #
 # A worker asks by one message to an inbox that warden or resolver reads, with a fresh socket for
 # the answer attached: nothing is shared between questions, a helper that dies is replaced without
@@ -13753,6 +13771,7 @@ class Mother:
         obey_cpu_settings(config, "worker", self.cpu_at_start, self.log)
         limit_arenas()
         drop_privileges(generation.accounts[1], self.options.chroot or config.chroot)
+        forbid_signals()
         count = self.count_workers(config)
         self.log.write("info", f"sockd/server[{(number - 1) % count + 1}/{count}] v{__version__} running")
         return worker.run()

@@ -10,6 +10,7 @@ in the table.  Everybody else is served as ever.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import random
@@ -29,6 +30,7 @@ import sockd
 ATTACKERS = "127.66.0."
 LONGEST_WAIT = 10.0
 SLOW_SECONDS = 600
+SCOPED = 6  # the version of Landlock that can forbid signals: Linux 6.12
 
 # ------------------------------ attacks from within a worker ------------------------------
 
@@ -187,6 +189,15 @@ def slow_answer(which: str, message: bytes) -> Callable[[sockd.Session], None]:
     return attack
 
 
+def stop_others(session: sockd.Session) -> None:
+    """Stop the mother and her other children, who have the same user."""
+    parent = os.getppid()
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    for pid in {parent, *map(int, children)} - {os.getpid()}:
+        with contextlib.suppress(PermissionError):
+            os.kill(pid, signal.SIGSTOP)
+
+
 def end_listeners(session: sockd.Session) -> None:
     """Shut down what all workers listen on."""
     for listener in LISTENERS:
@@ -239,6 +250,8 @@ QUIET_ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
     "slow answers of the resolver": slow_answer("resolver", RESOLVE),
     "ends the listeners": end_listeners,
 }
+if ctypes.CDLL(None).syscall(sockd.LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1) >= SCOPED:
+    QUIET_ATTACKS["stops the others"] = stop_others
 
 
 def address_of(attack: str) -> str:
