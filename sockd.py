@@ -1748,7 +1748,7 @@ def read_error_log(parser: Parser, keyword: Token) -> tuple[ErrorLog, ...]:
     side, level = find_side_and_level(keyword)
     symbols = []
     for word in take_values(parser, keyword, VALUE_WORD):
-        if not word.text[0].isalpha():
+        if len(word.text) < 2 or not word.text[0].isalpha():
             raise Mistake(f'{describe_token(word)} is no value for "{keyword.text}"', word)
         symbol = word.text.lower() if "-" in word.text else word.text.upper()
         if is_error_symbol(symbol):

@@ -692,6 +692,7 @@ def test_parse_reads_an_alarm(line: str, expected: tuple[object, ...]) -> None:
         ("cpu.mask.foo: 0", 1, 'there is no process "foo"', ""),
         ("cpu.schedule.io: fast/1", 18, "needs a scheduling policy", ""),
         ("internal.log.info.error: econnrefused 6EAI", 39, '"6EAI" is no value', ""),
+        ("internal.log.info.error: econnrefused E", 39, '"E" is no value', ""),
         ("localdomain example.com", 13, 'expected ":" after "localdomain"', ""),
         ("cpu.schedule.io: fifo", 18, '"fifo" needs a priority', "fifo/0"),
         ("external.tcp.TCP_NODELAY: 1", 1, "unknown socket option", 'mean "tcp_nodelay"?'),

@@ -57,7 +57,7 @@ SETTINGS = (
     "internal.log.warning.error: econnrefused EAI_AGAIN", "external.socket.so_keepalive: 1",
     "internal.ip.ip_tos: 16", "external.tcp.tcp_nodelay: 1", "external.ip.ip_tos.dscp: af11",
     "user.libwrap: nobody", "localdomain: example.com", "user.privileged: root",
-    "user.notprivileged: nobody",
+    "user.notprivileged: nobody", "extension: bind",
 )  # fmt: skip
 IN_RULES = (
     "log: connect disconnect error", "log: tcpinfo data ioop", "libwrap: severity auth.info",
@@ -77,7 +77,7 @@ OPTIONS = {
     ),
     "route": (
         "command: connect", "protocol: tcp", "proxyprotocol: socks_v5", "proxyprotocol: http",
-        "proxyprotocol: socks_v4 socks_v5", "method: none",
+        "proxyprotocol: socks_v4 socks_v5", "method: none", "extension: bind",
     ),
     "monitor": (
         "command: connect", "protocol: tcp", "alarm.data: 1000 in 10",
@@ -203,7 +203,8 @@ def find_strictness(complaint: Complaint) -> str:
             return reason
     column = complaint.position.column - 1 if complaint.position else 0
     # What cannot be part of a word ends the word here, but not in danted.
-    if complaint.line_text[max(0, column - 1) : column].strip() and "keyword, not" in complaint.text:
+    refused = re.search(r"keyword, not|is no value", complaint.text)
+    if refused and complaint.line_text[max(0, column - 1) : column].strip():
         return "Host names"
     return "Word borders" if GLUED.match(complaint.line_text, column) else ""
 
