@@ -10048,18 +10048,27 @@ class Session:
         As Dante: a socks-rule with limits takes the session over from the client-rule, and one without
         them leaves it there, if it is inheritable.
         """
-        counts = self.serving.counts
-        if counts is None:
-            return
-        place = counts.take(rule, self.client) if limits_sessions(rule.session) else None
+        place = self.hold_place(rule)
         if rule.kind == "client":
             self.admitted = place
             return
-        if self.admitted is not None and (place is not None or not self.client_rule.session.inheritable):
-            counts.leave(self.admitted)
+        if place is not None or not self.client_rule.session.inheritable:
+            self.leave_place(self.admitted)
             self.admitted = None
         if place is not None:
             self.places.append(place)
+
+    def hold_place(self, rule: Rule) -> Place | None:
+        """Return a place under a rule's session limits, to be left by the caller, if it has any; Refused."""
+        counts = self.serving.counts
+        if counts is None or not limits_sessions(rule.session):
+            return None
+        return counts.take(rule, self.client)
+
+    def leave_place(self, place: Place | None) -> None:
+        """Give back a place, if it is one."""
+        if place is not None and self.serving.counts is not None:
+            self.serving.counts.leave(place)
 
     def leave_places(self) -> None:
         """Give back what the session holds of the limits."""
@@ -10075,8 +10084,7 @@ class Session:
             self.meter = None
         held, self.places = self.places, []
         for place in held:
-            if self.serving.counts is not None:
-                self.serving.counts.leave(place)
+            self.leave_place(place)
         self.leave_paths(tuple(self.ways))
 
     def facts(self, command: str, target: Endpoint | None, addresses: tuple[Endpoint, ...] = ()) -> Facts:
@@ -10813,6 +10821,7 @@ class Forwarding:
         back: socket.socket,
         connection: socket.socket,
         peer: Endpoint,
+        place: Place | None,
     ) -> None:
         self.request = request
         self.session = request.session
@@ -10821,7 +10830,7 @@ class Forwarding:
         self.source = endpoint_of(back.getsockname())  # what the client sees us call from
         self.client_side = Side(back, "local client")
         self.peer_side = Side(connection, "remote peer")
-        self.places: list[Place] = []  # held of the session limits of the rule
+        self.place = place  # held of the session limits of the rule
         self.budget: Budget | None = None
         self.meter: Meter | None = None
         self.is_cut = False
@@ -10880,10 +10889,7 @@ class Forwarding:
             self.budget.close()
         if self.meter is not None:
             self.meter.close()
-        counts = self.session.serving.counts
-        for place in self.places:
-            if counts is not None:
-                counts.leave(place)
+        self.session.leave_place(self.place)
 
 
 MOST_FORWARDED = 32  # peers of one BIND at a time: as many sessions as one of Dante's processes relays
@@ -11016,21 +11022,28 @@ class ExtendedBindRequest(BindRequest):
         except (BlockingIOError, ConnectionAbortedError):
             return  # it has gone already
         peer = endpoint_of(address)
-        held = len(session.places)
         decision = session.decide(
             session.facts("bindreply", session.client)._replace(source=peer), connection
         )
+        place = None
         if decision.verdict == "pass":
-            decision = session.count(decision)
+            try:
+                # The session itself stays where it is counted: it is still there when the peer has gone.
+                place = session.hold_place(decision.rule)
+            except Refused as refusal:
+                decision = decision._replace(verdict="block", reason=str(refusal))
         if decision.verdict == "block":
             # Unlike Dante: who may not come in does not end the BIND.
             self.log_stranger(decision.rule, peer, self.bound, decision.reason)
             connection.close()
             return
-        forwarding = Forwarding(self, decision.rule, self.open_back(), connection, peer)
-        forwarding.places = session.places[held:]
-        del session.places[held:]
-        self.start(forwarding)
+        try:
+            back = self.open_back()
+        except OSError:
+            session.leave_place(place)
+            connection.close()
+            raise
+        self.start(Forwarding(self, decision.rule, back, connection, peer, place))
 
     def open_back(self) -> socket.socket:
         """Return a socket for a call to the client, from where that has found us; OSError."""

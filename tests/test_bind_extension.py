@@ -348,6 +348,23 @@ def test_session_limits_of_the_bindreply_rule_count_each_peer(sockd: Factory) ->
             assert client.ask(called.source) == third.address
 
 
+def test_client_stays_counted_when_its_peers_have_gone(sockd: Factory) -> None:
+    clients = rule("client pass", ANYBODY, LOG, "session.max: 1")
+    rules = rule("socks pass", ANYBODY, "command: bind", LOG)
+    rules += rule("socks pass", ANYBODY, "command: bindreply", LOG, "session.max: 100")
+    server = sockd(EXTENSION + IPV4_HEAD + clients + rules)
+    with Caller(server.addresses[0]) as client:
+        bound = client.open_several()
+        with visit(bound) as visitor:
+            called = client.accept()
+            assert called.exchange_with(visitor, b"hello")
+        called.close()
+        eventually(lambda: client.ask(called.source) == UNKNOWN)
+        with Client(server.addresses[0]) as second:
+            second.expect_end_or_reset()
+            wait_for_line(server, second.address, "block(1): tcp/accept ]: ", "session limit")
+
+
 @pytest.mark.parametrize(("first", "code"), [("direct", 0), ("127.0.0.1 port = 9", 3)])
 def test_extension_is_served_here_and_not_by_an_upstream(sockd: Factory, first: str, code: int) -> None:
     route = [f"from: 0/0 to: 0/0 via: {first}", "command: bind connect", "extension: bind"]
