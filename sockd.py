@@ -6715,6 +6715,8 @@ class Channel:
             ours.close()
             if isinstance(error, OSError):
                 raise HelperFailed(f"cannot ask to {favour.name.lower()}: {error.strerror}") from None
+            if isinstance(error, DeadlinePassed):
+                raise HelperLate(f"no room to ask to {favour.name.lower()}: {error}") from None
             raise
 
     def _send(self, message: bytes, descriptors: tuple[int, ...], seconds: float) -> None:
@@ -8852,6 +8854,46 @@ def log_in(stream: UpstreamStream, step: Step, login: Credentials | None, deadli
     return method
 
 
+def describe_fault(error: Exception) -> str:
+    """Return what went wrong with an upstream."""
+    if isinstance(error, OSError):
+        return f"connection to proxy server failed: {error.strerror}"
+    return str(error)
+
+
+def hear_initiator(
+    dialogue: Dialogue, stream: UpstreamStream, fault_kind: type[SockdError], deadline: float
+) -> bytes:
+    """Return what the warden's answer holds; `fault_kind` where it says why there is nothing.
+
+    PeerGone if the client has gone meanwhile; HelperLate, HelperFailed.
+    """
+    poller = select.poll()
+    poller.register(dialogue.ours, select.POLLIN)
+    poller.register(stream.client, 0)
+    if any(descriptor == stream.client for descriptor, _ in poller.poll(poll_milliseconds(deadline))):
+        raise PeerGone("local client closed")
+    (fault, *found), _ = dialogue.hear(max(0.001, deadline - time.monotonic()))
+    if fault or len(found) != 1:
+        raise fault_kind(fault.decode("utf-8", "replace"))
+    return found[0]
+
+
+def present_ticket(stream: UpstreamStream, token: bytes, began: float, deadline: float) -> bytes:
+    """Return an upstream's answer to our token.
+
+    NoTicket where it says nothing in what is left of the time since `began`, or nothing any more, and the
+    ticket has taken the most of it: the upstream has waited for us.
+    """
+    came = time.monotonic()
+    try:
+        return stream.ask(encode_gssapi(GSSAPI_TOKEN, token), decode_upstream_token, deadline)
+    except (DeadlinePassed, ProtocolError, OSError) as error:
+        if came - began <= deadline - came:
+            raise
+        raise NoTicket(f"{describe_fault(error)}, after {came - began:.0f} seconds for a ticket") from None
+
+
 def establish_context(
     stream: UpstreamStream, service: UpstreamService, warden: Channel, deadline: float
 ) -> SecurityContext:
@@ -8860,18 +8902,12 @@ def establish_context(
     Tickets and keys stay with the warden: what comes from there is good for this one connection.
     """
     fields = [text.encode(WIRE_TEXT) for text in service]
-
-    def hear(kind: type[SockdError]) -> bytes:
-        (fault, *found), _ = dialogue.hear(max(0.001, deadline - time.monotonic()))
-        if fault or len(found) != 1:
-            raise kind(fault.decode("utf-8", "replace"))
-        return found[0]
-
+    began = time.monotonic()
     try:
-        with warden.begin(Favour.INITIATE, fields, max(0.001, deadline - time.monotonic())) as dialogue:
-            ours = encode_gssapi(GSSAPI_TOKEN, hear(NoTicket))
-            dialogue.tell(stream.ask(ours, decode_upstream_token, deadline))
-            return SecurityContext(hear(LoginRefused))
+        with warden.begin(Favour.INITIATE, fields, max(0.001, deadline - began)) as dialogue:
+            token = hear_initiator(dialogue, stream, NoTicket, deadline)
+            dialogue.tell(present_ticket(stream, token, began, deadline))
+            return SecurityContext(hear_initiator(dialogue, stream, LoginRefused, deadline))
     except (HelperFailed, HelperLate) as error:
         raise NoTicket(str(error)) from None
 
@@ -8958,13 +8994,6 @@ def request_http(stream: UpstreamStream, step: Step, command: str, target: Endpo
 
 
 UPSTREAM_REQUESTS = {"socks_v4": request_socks4, "socks_v5": request_socks5, "http": request_http}
-
-
-def describe_fault(error: Exception) -> str:
-    """Return what went wrong with an upstream."""
-    if isinstance(error, OSError):
-        return f"connection to proxy server failed: {error.strerror}"
-    return str(error)
 
 
 class Walk:

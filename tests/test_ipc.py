@@ -7,6 +7,7 @@ import contextlib
 import json
 import random
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -236,6 +237,66 @@ def test_helper_without_a_free_descriptor_accuses_nobody() -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert ours.recv(1) == b""  # the asker is not left waiting
+
+
+def test_inbox_that_stays_full_is_the_helpers_fault() -> None:
+    """Not that of the upstream, or the target, that the question was about."""
+    read_end, write_end = program.make_inbox()
+    with read_end, write_end:
+        write_end.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                write_end.send(b"x" * 10_000)
+        with pytest.raises(program.HelperLate):
+            program.Channel(write_end).begin(program.Favour.RESOLVE, [b"a.test", b"4"], 0.01)
+
+
+class Ticketing:
+    """A log-in by ticket to an upstream, with the test in the places of warden, upstream and client."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        pairs = [socket.socketpair(), socket.socketpair(), program.make_inbox()]
+        for end in (end for pair in pairs for end in pair):
+            stack.enter_context(end)
+        (connection, self.upstream), (client, self.client), (self.inbox, inbox) = pairs
+        connection.setblocking(False)
+        self.stream = program.UpstreamStream(connection, client.fileno())
+        self.warden = program.Channel(inbox)
+
+    def give_ticket(self, pause: float) -> None:
+        """Answer as the warden, after a pause."""
+        select.select([self.inbox], [], [])
+        question = program.receive_question(self.inbox, program.Warden.granted)
+        time.sleep(pause)
+        question.reply([b"", b"token"])
+
+    def run(self, seconds: float) -> None:
+        service = program.UpstreamService("rcmd@proxy.test", "")
+        program.establish_context(self.stream, service, self.warden, time.monotonic() + seconds)
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_upstream_is_not_blamed_for_a_slow_ticket(is_slow: bool, is_silent: bool) -> None:
+    """It may be tired of waiting by then, or have no time left to answer."""
+    seconds = 1.0 if is_slow else 4.0
+    blamed = program.DeadlinePassed if is_silent else program.ProtocolError
+    with contextlib.ExitStack() as stack:
+        ticketing = Ticketing(stack)
+        if not is_silent:
+            ticketing.upstream.shutdown(socket.SHUT_WR)
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor())
+        pool.submit(ticketing.give_ticket, 0.6 if is_slow else 0.0)
+        with pytest.raises(program.NoTicket if is_slow else blamed):
+            ticketing.run(seconds)
+
+
+def test_client_that_leaves_while_a_ticket_is_awaited_is_noticed() -> None:
+    with contextlib.ExitStack() as stack:
+        ticketing = Ticketing(stack)
+        ticketing.client.close()
+        with pytest.raises(program.PeerGone):
+            ticketing.run(5.0)
 
 
 # ------------------------------ random handshakes ------------------------------
