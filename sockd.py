@@ -12830,7 +12830,7 @@ class Warden:
         self.serve_waiting()
 
     def serve_waiting(self) -> None:
-        """Begin the log-ins to upstreams that there is room for."""
+        """Begin the log-ins to upstreams that there is room for; under Impatience."""
         waiting, self.waiting = self.waiting, []
         for question in waiting:
             service = tuple(question.fields)
@@ -12876,14 +12876,16 @@ class Warden:
     def tidy(self) -> int | None:
         self.reap(must_wait=False)
         if self.waiting:
-            self.serve_waiting()
+            with Impatience():
+                self.serve_waiting()
             return WAITING_MILLISECONDS
         return 100 if self.children else None
 
     def drain(self) -> None:
         while self.children:
             self.reap(must_wait=True)
-            self.serve_waiting()
+            with Impatience():
+                self.serve_waiting()
 
     def reap(self, must_wait: bool) -> None:
         """Forget the checks that have ended; wait for one if there is no room for another."""

@@ -207,6 +207,25 @@ def test_mother_does_not_wait_for_what_a_child_shows_her(monkeypatch: pytest.Mon
     assert time.monotonic() - began < bad_worker.SLOW_SECONDS
 
 
+@pytest.mark.parametrize("way", ["tidy", "drain"])
+def test_warden_does_not_wait_for_a_log_in_that_nobody_waits_for(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(bad_worker, "SLOW_SECONDS", 30)
+    before = signal.signal(signal.SIGALRM, program.note_alarm)
+    warden = program.Warden(program.Config(""), program.Log("sockd"))
+    # Its asker has gone, and the kernel closes what lies in its queue.
+    answer = bad_worker.wrapped(bad_worker.slow_to_close())
+    warden.waiting = [program.Question(program.Favour.INITIATE, [b"", b""], answer)]
+    monkeypatch.setattr(warden, "children", {1: ""} if way == "drain" else {})
+    monkeypatch.setattr(warden, "reap", lambda must_wait: warden.children.clear())
+    began = time.monotonic()
+    getattr(warden, way)()
+    signal.signal(signal.SIGALRM, before)
+    assert not warden.waiting
+    assert time.monotonic() - began < bad_worker.SLOW_SECONDS
+
+
 def test_resolver_whose_threads_are_all_stuck_makes_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "RESOLVE_SECONDS", 0.01)
     resolver = program.Resolver()
