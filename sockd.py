@@ -5510,12 +5510,15 @@ def take_buffer(buffer: GssBuffer) -> bytes:
 
 
 def describe_gss(status: int, kind: int) -> str:
-    """Return GSS-API's text for a status; "" if it has none."""
+    """Return GSS-API's text for a status, spelled for the log; "" if it has none.
+
+    MIT's library quotes what a KDC says, and who answers in a KDC's place says anything.
+    """
     minor, more, text = ctypes.c_uint32(), ctypes.c_uint32(), GssBuffer()
     display = load_gssapi().gss_display_status
     if display(minor, status, kind, None, more, text) & GSS_ERROR_BITS:
         return ""
-    return take_buffer(text).decode("utf-8", "replace")
+    return escape_bytes(take_buffer(text))
 
 
 def call_gss(name: str, *arguments: object) -> int:

@@ -318,6 +318,25 @@ def test_client_that_leaves_while_a_ticket_is_awaited_is_noticed() -> None:
             ticketing.run(5.0)
 
 
+def test_kdc_writes_no_line_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's text for an error has in it what the KDC has said."""
+    said = program.give_buffer(b"no\n info: a line of its own\x1b[2J")
+
+    class Library:
+        @staticmethod
+        def gss_display_status(*arguments: Any) -> int:
+            arguments[-1].length, arguments[-1].value = said.length, said.value
+            return 0
+
+        @staticmethod
+        def gss_release_buffer(*_: object) -> int:
+            return 0
+
+    monkeypatch.setattr(program, "load_gssapi", Library)
+    text = program.describe_gss(1, program.GSS_MECH_CODE)
+    assert text == r"no\n info: a line of its own\033[2J"
+
+
 # ------------------------------ random handshakes ------------------------------
 
 
