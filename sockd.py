@@ -12805,7 +12805,9 @@ class Warden:
         if question.favour == Favour.INITIATE:
             self.begin_initiation(question)
             return
-        self.reap(len(self.children) - len(self.initiators) >= VERIFIERS)
+        self.reap(must_wait=False)
+        while len(self.children) - len(self.initiators) >= VERIFIERS:
+            self.reap(must_wait=True)  # which a log-in to an upstream may be that ends
         if question.favour == Favour.ACCEPT:
             self.check(question, lambda: self.accept(question), "")
             return

@@ -226,6 +226,22 @@ def test_warden_does_not_wait_for_a_log_in_that_nobody_waits_for(
     assert time.monotonic() - began < bad_worker.SLOW_SECONDS
 
 
+def test_log_in_to_an_upstream_that_ends_makes_no_room_for_a_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The warden waits for whichever child ends first."""
+    monkeypatch.setattr(program, "VERIFIERS", 2)
+    ended = [0, 1, 0, 2, 0]  # 1 is the log-in, and 0 says that no other has ended
+    monkeypatch.setattr(program.os, "waitpid", lambda *_: (ended.pop(0), 0))
+    warden = program.Warden(program.Config(""), program.Log("sockd"))
+    warden.children, warden.initiators = {1: "", 2: "", 3: ""}, {1: (b"", b"")}
+    monkeypatch.setattr(program, "fork_verifier", lambda body: 4)
+    answer, asker = socket.socketpair()
+    with asker:
+        warden.grant(program.Question(program.Favour.ACCEPT, [b"1", b""], answer))
+    assert set(warden.children) == {3, 4}
+
+
 def test_resolver_whose_threads_are_all_stuck_makes_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "RESOLVE_SECONDS", 0.01)
     resolver = program.Resolver()
