@@ -9656,6 +9656,7 @@ class Session:
         self.answer: Callable[[Reply, Endpoint], None] | None = None  # HTTP's, in the place of SOCKS
         self.deadline = NO_DEADLINE  # for the handshake
         self.phase = "negotiating"
+        self.only_relays = False  # from then on nothing is asked any more
         self.stopping = False  # set by the worker when the server ends
         self.describe_io: Callable[[], str] | None = None
         self.opened: list[socket.socket] = []  # closed, whatever happens, at the end
@@ -9710,10 +9711,7 @@ class Session:
 
         Called by the worker's main thread.
         """
-        request = self.request
-        if self.phase != "io" or request is None:
-            return True
-        return request.command != "connect" or request.version == HTTP1  # where another request may follow
+        return not self.only_relays
 
     def admit(self) -> bool:
         """Ask libwrap and the client-rules whether the client may talk to us at all."""
@@ -10392,6 +10390,7 @@ def run_relay(session: Session, records: TcpRecords, client: Side, target: Side)
     Return the reason for its end.
     """
     session.phase = "io"
+    session.only_relays = True  # after a relay comes no other request
     records.opened()
     client.peer, target.peer = target, client
     # What has to be sealed for one side cannot be spliced from the other.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import CONNECT, Client
+from client import BIND, CONNECT, Client
 from conftest import Factory
 from servers import Server, World, eventually, find_children, hash_password, read_process
 from test_socket_options import KEEPIDLE, Setting, peer_of, read_settings, spell
@@ -157,6 +157,48 @@ def test_warden_stays_until_nobody_can_ask_it_any_more(
     server.reload(with_passwords(tmp_path / "passwords"))
     assert count_wardens(server) == 1
     server.take_baseline()
+
+
+def open_bind(server: Server, target: Any) -> tuple[Client, Client]:
+    """Bind, and let a visitor come: the client's end and the visitor's."""
+    client = Client(server.addresses[0])
+    reply = client.open5(BIND, "0.0.0.0", 0)
+    visitor = Client((reply.host, reply.port))
+    assert (reply.code, client.read_reply5().code) == (0, 0)
+    return client, visitor
+
+
+def open_tunnel(server: Server, target: Any) -> tuple[Client, ...]:
+    client = Client(server.addresses[0])
+    client.send(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\n\r\n" % target.port)
+    assert client.receive(39) == b"HTTP/1.1 200 Connection established\r\n\r\n"
+    return (client,)
+
+
+def open_bounce(server: Server, target: Any) -> tuple[Client, ...]:
+    client = Client(server.addresses[0], source=("127.0.0.9", 0))
+    assert client.exchange(b"passed on") == b"passed on"
+    return (client,)
+
+
+@pytest.mark.parametrize("connect", [open_bind, open_tunnel, open_bounce])
+def test_warden_does_not_stay_for_what_is_only_relayed(
+    sockd: Factory, peer: StartPeer, tmp_path: Path, connect: Callable[..., tuple[Client, ...]]
+) -> None:
+    target = peer("echo")
+    bounce = f"client pass {{ from: 127.0.0.9/32 to: 0/0 bounce to: 127.0.0.1 port = {target.port} }}\n"
+    config = with_passwords(tmp_path / "passwords").replace(
+        "socksmethod: username", "socksmethod: none username"
+    )
+    config = config.replace("client pass", f"{bounce}client pass", 1)
+    server = sockd(config.replace("socks pass {", "socks pass { proxyprotocol: http socks_v5"))
+    with contextlib.ExitStack() as opened:
+        near, *far = [opened.enter_context(end) for end in connect(server, target)]
+        assert count_wardens(server) == 1
+        server.reload(PLAIN)
+        eventually(lambda: count_wardens(server) == 0)
+        near.send(b"still")
+        assert (far[0] if far else near).receive(5) == b"still"
 
 
 def test_warden_of_an_older_configuration_is_replaced_by_its_like(
