@@ -5890,6 +5890,8 @@ READ_BYTES = 4096  # one handshake message; the longest is a SOCKS 4A request of
 MAX_HANDSHAKE_BYTES = 65536  # handshake plus data sent early; more waits in the kernel (back-pressure)
 LISTEN_BACKLOG = 4096  # the kernel's own default for net.core.somaxconn
 HAPPY_EYEBALLS_SECONDS = 0.25  # RFC 8305 section 5: Connection Attempt Delay
+ACCEPT_PAUSE_SECONDS = 0.1  # after the system ran out of descriptors, memory or threads
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})  # which may pass
 IP_ANY = frozenset({"0.0.0.0", "::"})
 
 REPLY_OF_ERRNO = {
@@ -11046,12 +11048,17 @@ class ExtendedBindRequest(BindRequest):
         return redirected_endpoint(told, forwarding.peer.port) if told else forwarding.peer
 
     def take_peer(self, rule: Rule, listener: socket.socket) -> None:
-        """Let the next peer in, if the rules do."""
+        """Let the next peer in, if the rules do; PeerGone, OSError."""
         session = self.session
         try:
             connection, address = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return  # it has gone already
+        except OSError as error:
+            if error.errno not in SHORTAGES:
+                raise
+            pause(session.connection, ACCEPT_PAUSE_SECONDS)  # the peer waits, and the others go on
+            return
         peer = endpoint_of(address)
         decision = session.decide(
             session.facts("bindreply", session.client)._replace(source=peer), connection
@@ -11070,10 +11077,12 @@ class ExtendedBindRequest(BindRequest):
             return
         try:
             back = self.open_back()
-        except OSError:
+        except OSError as error:
+            fault = f"could not call the client back: {error.strerror}"
+            self.record_failure(decision.rule, peer, session.local, fault)
             session.leave_place(place)
             connection.close()
-            raise
+            return
         self.start(Forwarding(self, decision.rule, back, connection, peer, place))
 
     def open_back(self) -> socket.socket:
@@ -12192,7 +12201,6 @@ CUSHION_BYTES = 4 << 20  # address space only: nothing is ever written there
 SHORTAGE_SECONDS = 2.0  # how long new clients are turned away once memory has run out
 WATCH_MILLISECONDS = 2000  # how often the main thread looks whether anybody waits for clients
 DRAIN_MILLISECONDS = 200  # how often a worker without listeners looks whether its sessions have ended
-ACCEPT_PAUSE_SECONDS = 0.1  # after the system ran out of descriptors, memory or threads
 RESOLVER_THREADS = 128  # questions answered at once; more wait in the inbox
 INITIATORS = 64  # log-ins to upstreams at once; each lasts a round trip, or until timeout.connect
 WAITING_INITIATIONS = 256  # more than that are refused
@@ -12533,7 +12541,7 @@ class Worker:
         """Refuse one client cleanly where the system has nothing left for it, and rest a moment."""
         if error.errno == errno.EINVAL and not self.draining:
             self.find_deaf()
-        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+        if error.errno not in SHORTAGES:
             return  # the client has gone before it was accepted
         self.complain(f"accept: {error.strerror}")
         if error.errno == errno.EMFILE and self.reserve >= 0:

@@ -8,6 +8,9 @@ the call itself are compared.
 from __future__ import annotations
 
 import contextlib
+import os
+import pwd
+import resource
 import socket
 from collections.abc import Iterator
 
@@ -313,6 +316,55 @@ def test_client_that_is_not_there_loses_a_peer_and_no_more(server: Server, calle
     caller.listen()
     with visit(bound) as visitor, caller.accept() as called:
         assert called.exchange_with(visitor, b"now I am")
+
+
+@contextlib.contextmanager
+def descriptors_left(server: Server, count: int) -> Iterator[None]:
+    """Let the only worker open so many files more."""
+    pid = next(record.pid for record in server.log if record.message.endswith(" running"))
+    taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    free = sorted(set(range(max(taken) + 3)) - taken)
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free[count], hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def own_server(sockd: Factory) -> Server:
+    """Start a server whose worker is of the user who runs the tests, who may so set its limits."""
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    return sockd(EXTENSION + f"user.unprivileged: {user}\n" + IPV4_HEAD + CLIENT_PASS + SOCKS_PASS)
+
+
+def test_peers_go_on_where_there_is_no_descriptor_for_another(own_server: Server) -> None:
+    with Caller(own_server.addresses[0]) as client:
+        bound = client.open_several()
+        with visit(bound) as first, client.accept() as called:
+            assert called.exchange_with(first, b"hello")
+            with descriptors_left(own_server, 0):
+                second = visit(bound)
+                for _ in range(2):  # the server has tried before it answers for the second time
+                    assert client.ask(called.source) == first.address
+                assert called.exchange_with(first, b"still here")
+            with second, client.accept() as late:
+                assert late.exchange_with(second, b"it has waited")
+
+
+def test_peers_go_on_where_there_is_no_descriptor_for_a_call_back(own_server: Server) -> None:
+    with Caller(own_server.addresses[0]) as client:
+        bound = client.open_several()
+        with visit(bound) as first, client.accept() as called:
+            assert called.exchange_with(first, b"hello")
+            with descriptors_left(own_server, 1), visit(bound) as second:
+                second.expect_end_or_reset()
+                text = "could not call the client back: Too many open files"
+                wait_for_line(own_server, second.address, "block(1): tcp/bindreply ]: ", text)
+            assert called.exchange_with(first, b"still here")
+            with visit(bound) as third, client.accept() as another:
+                assert another.exchange_with(third, b"hello")
 
 
 def test_no_more_peers_at_a_time_than_there_may_be(server: Server, caller: Caller) -> None:
