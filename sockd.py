@@ -4990,6 +4990,9 @@ class LogTarget:
             pass
 
 
+LogTargets = tuple[tuple[LogTarget, ...], tuple[LogTarget, ...]]  # of logoutput, of errorlog
+
+
 class Log:
     """Where records go: `logoutput` gets all of them, `errorlog` warnings and worse.
 
@@ -5027,11 +5030,13 @@ class Log:
         else:
             self._tell(failures)
 
-    def reopen(self, logoutput: Sequence[str], errorlog: Sequence[str]) -> None:
-        """Open the targets afresh; one that is open, and cannot be opened again, stays as it is.
+    def reopen(self, logoutput: Sequence[str], errorlog: Sequence[str]) -> LogTargets:
+        """Open the targets afresh, and return the former ones: for `keep` or, to go back, for `restore`.
 
+        One that is open, and cannot be opened again, stays as it is.
         ConfigError, and then nothing has changed, where one that is not open cannot be opened.
         """
+        former = self.targets, self.error_targets
         present = {*self.targets, *self.error_targets}
         failures: list[str] = []
         targets = self._open_all(logoutput, failures, self.targets)
@@ -5041,9 +5046,24 @@ class Log:
                 target.close()
             raise ConfigError("; ".join(failures))
         self.targets, self.error_targets = targets, error_targets
-        for target in present - {*targets, *error_targets}:
-            target.close()
         self._tell(failures)
+        return former
+
+    def list_replaced(self, former: LogTargets) -> list[LogTarget]:
+        """Return those of the former targets that are in use no more."""
+        present = {*self.targets, *self.error_targets}
+        return [target for target in {*former[0], *former[1]} if target not in present]
+
+    def keep(self, former: LogTargets) -> None:
+        """Stay with the present targets: close the former ones."""
+        for target in self.list_replaced(former):
+            target.close()
+
+    def restore(self, former: LogTargets) -> None:
+        """Go back to the former targets, and close the present ones."""
+        present = self.targets, self.error_targets
+        self.targets, self.error_targets = former
+        self.keep(present)
 
     def _tell(self, failures: Iterable[str]) -> None:
         for failure in failures:
@@ -13569,11 +13589,18 @@ def take_passed_sockets(
 # ---- the mother
 
 
-def close_others(listeners: dict[Endpoint, socket.socket], kept: dict[Endpoint, socket.socket]) -> None:
+Listeners = dict[Endpoint, socket.socket]
+
+
+def find_others(listeners: Listeners, kept: Listeners) -> list[socket.socket]:
+    """Return the listeners that are not among others."""
+    return [listener for endpoint, listener in listeners.items() if kept.get(endpoint) is not listener]
+
+
+def close_others(listeners: Listeners, kept: Listeners) -> None:
     """Close the listeners that are not among others."""
-    for endpoint, listener in listeners.items():
-        if kept.get(endpoint) is not listener:
-            listener.close()
+    for listener in find_others(listeners, kept):
+        listener.close()
 
 
 class Mother:
@@ -13597,6 +13624,7 @@ class Mother:
         self.last_spawn = 0.0
         # (when, generation, kind, number): children to fork again
         self.due: list[tuple[float, Generation, str, int]] = []
+        self.leaving: list[int] = []  # in a reload: descriptors of the old generation that no child may have
         self.tired: set[int] = set()  # workers to be replaced (sockd.conf(5), child)
         self.cpu_at_start = read_cpu_use()
 
@@ -13746,10 +13774,7 @@ class Mother:
 
     def spawn_children(self) -> None:
         """Fork the children of the newest generation."""
-        self.set_listener_options()
-        self.watches = make_watches(self.config, self.newest.counts)
-        self.start_watches()
-        obey_cpu_settings(self.config, "mother", self.cpu_at_start, self.log)
+        self.prepare_to_serve()
         gc.collect()
         release_memory()
         forget_start_pages()
@@ -13759,6 +13784,13 @@ class Mother:
             self.spawn_child(self.newest, "warden", 0)
         for number in range(1, self.count_workers(self.config) + 1):
             self.spawn_child(self.newest, "worker", number)
+
+    def prepare_to_serve(self) -> None:
+        """Set what the mother has of the newest configuration herself."""
+        self.set_listener_options()
+        self.watches = make_watches(self.config, self.newest.counts)
+        self.start_watches()
+        obey_cpu_settings(self.config, "mother", self.cpu_at_start, self.log)
 
     def start_watches(self) -> None:
         """Forget the alarms that are raised.  As Dante: without a record, and at each SIGHUP."""
@@ -13781,7 +13813,7 @@ class Mother:
     def fork_child(self, generation: Generation, kind: str, number: int) -> bool:
         """Fork a child of a kind, with its generation's configuration; False if that cannot be done now."""
         inherited = [child.control.fileno() for child in self.children.values()]
-        inherited += [descriptor for descriptor in self.wakeup]
+        inherited += [*self.wakeup, *self.leaving]
         inherited += [end.fileno() for g in self.generations if g is not generation for end in g.warden_inbox]
         if self.pidfile.descriptor >= 0:
             inherited.append(self.pidfile.descriptor)
@@ -13935,7 +13967,7 @@ class Mother:
         """
         accounts = self.find_accounts(config)
         if (config, accounts) == (self.config, self.newest.accounts):
-            self.log.reopen(config.logoutput, config.errorlog)
+            self.log.keep(self.log.reopen(config.logoutput, config.errorlog))
             self.start_watches()
             for child in self.children.values():
                 self.order(child, Order.LOGS)
@@ -13945,7 +13977,7 @@ class Mother:
             places = self.count_places(config)
             generation = Generation(self.newest.number + 1, config, accounts, places)
             try:
-                self.log.reopen(config.logoutput, config.errorlog)
+                return self.switch(generation, listeners)
             except ConfigError:
                 generation.close_lock()
                 generation.close_inbox()
@@ -13953,7 +13985,6 @@ class Mother:
         except (ConfigError, OSError):
             close_others(listeners, self.listeners)
             raise
-        return self.switch(generation, listeners)
 
     def log_complaints(self, complaints: Iterable[Complaint]) -> None:
         """Log what the parser says, one record for each complaint."""
@@ -13962,17 +13993,57 @@ class Mother:
             hint = f" ({complaint.hint})" if complaint.hint else ""
             self.log.write(complaint.level, where + complaint.text + hint)
 
-    def switch(self, generation: Generation, listeners: dict[Endpoint, socket.socket]) -> Handover:
-        """Go over to a new generation: its children take the clients, the old ones finish their sessions."""
-        old_children, old_listeners, outgoing = dict(self.children), self.listeners, self.newest
-        self.listeners, self.config = listeners, generation.config
+    def switch(self, generation: Generation, listeners: Listeners) -> Handover:
+        """Go over to a new generation: its children take the clients, the old ones finish their sessions.
+
+        ConfigError, and then the old ones go on, where its children cannot be had.
+        """
+        outgoing, old_children, old_listeners = self.newest, dict(self.children), self.listeners
+        former = self.log.reopen(generation.config.logoutput, generation.config.errorlog)
+        self.leaving = [listener.fileno() for listener in find_others(old_listeners, listeners)]
+        self.leaving += [t.descriptor for t in self.log.list_replaced(former) if t.descriptor > 2]
+        if outgoing.counts is not None:
+            self.leaving.append(outgoing.counts.lock.descriptor)
         self.generations.append(generation)
+        try:
+            self.take_up(generation.config, listeners)
+        except ConfigError:
+            self.take_back(generation, old_listeners)
+            self.log.restore(former)
+            raise
+        finally:
+            self.leaving = []
+        self.log.keep(former)
         outgoing.close_lock()  # its workers have theirs, and none of them is replaced
+        close_others(old_listeners, listeners)
         self.announce_listeners(e for e in listeners if e not in old_listeners)
-        close_others(old_listeners, listeners)  # before the fork: who inherits one would keep it open
+        return self.drain(old_children, outgoing)
+
+    def take_up(self, config: Config, listeners: Listeners) -> None:
+        """Fork the children of the newest generation, for these; ConfigError if not all can be had."""
+        self.listeners, self.config = listeners, config
         self.spawn_children()
+        if any(generation is self.newest for _, generation, _, _ in self.due):
+            raise ConfigError("cannot start the processes that serve")
+
+    def take_back(self, generation: Generation, listeners: Listeners) -> None:
+        """End what there is of a generation that cannot be had, and go on with the one before."""
+        self.generations.remove(generation)
+        self.due = [due for due in self.due if due[1] is not generation]
+        for pid, child in tuple(self.children.items()):
+            if child.generation is not generation:
+                continue
+            if child.kind == "resolver":
+                self.order(child, Order.DRAIN)  # it may have a question of an old worker
+            else:
+                self.reap_soon(pid, child)
+        self.listeners, self.config = listeners, self.newest.config
+        self.prepare_to_serve()
+
+    def drain(self, children: dict[int, Child], outgoing: Generation) -> Handover:
+        """Have the children of older generations finish; return what is to be waited for."""
         waiting = set()
-        for pid, child in old_children.items():
+        for pid, child in children.items():
             self.order(child, Order.LOGS)
             if child.kind == "worker" and child.generation is outgoing and DRAINED not in child.said:
                 waiting.add(pid)

@@ -445,6 +445,49 @@ def test_what_cannot_be_had_leaves_all_as_it_was(sockd: Factory, peer: StartPeer
     server.take_baseline()
 
 
+def leave_descriptors(server: Server, count: int) -> None:
+    """Let the mother open so many more descriptors and no more."""
+    used = {int(name) for name in os.listdir(f"/proc/{server.pid}/fd")}
+    free = [number for number in range(max(used) + count + 2) if number not in used]
+    _, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (free[count], hard))
+
+
+@pytest.mark.parametrize("started", [0, 1, 2])
+def test_old_workers_serve_on_where_new_ones_cannot_be_forked(
+    sockd: Factory, peer: StartPeer, tmp_path: Path, started: int
+) -> None:
+    path = tmp_path / "records"
+    server = sockd(PLAIN, "-N", "2")
+    eventually(lambda: len(find_workers(server)) == 2)
+    server.take_baseline()
+    children = set(find_children(server.pid))
+    # The log file, a listener, an inbox; then one for each child, and the other end while it is forked.
+    leave_descriptors(server, 4 + started + 1)
+    try:
+        server.reload(
+            f"{HEAD}internal: 127.0.0.2 port = 0\nsocksmethod: none\n"
+            f"{spell('internal', KEEPIDLE)}{BLOCK % ''}".replace(
+                "internal", f"logoutput: stderr {path}\ninternal", 1
+            )
+        )
+        assert server.messages[-1] == (
+            "error: SIGHUP ]: config not reloaded: cannot start the processes that serve"
+        )
+    finally:
+        leave_enough(server)
+    eventually(lambda: set(find_children(server.pid)) == children)
+    server.check_resources()
+    with Client(server.addresses[0]) as client:
+        assert client.greet() == 0 and is_served(client, peer)
+    assert "cannot start a worker" in path.read_text() and "SIGHUP ]" not in path.read_text()
+    server.reload(f"{HEAD}socksmethod: none\n{BLOCK % ''}")
+    with Client(server.addresses[0]) as client:
+        assert client.open5(CONNECT, "127.0.0.1", peer("echo").port).code == 2
+    assert not [m for m in server.messages if "unexpectedly" in m]
+    server.take_baseline()
+
+
 def test_log_that_cannot_be_opened_again_is_kept(sockd: Factory, tmp_path: Path, peer: StartPeer) -> None:
     folder = tmp_path / "logs"
     folder.mkdir()
