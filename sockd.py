@@ -2975,6 +2975,21 @@ def finish_hop(gateways: tuple[tuple[str, Endpoint | None], ...], settings: dict
     return Hop(upstreams, ordered, methods, **settings)
 
 
+KEYTAB_KINDS = frozenset({"FILE", "WRFILE"})
+
+
+def find_keytab_file(keytab: str) -> str:
+    """Return the file that a key table is, as krb5_kt_resolve(3) reads its name; "" if it is none.
+
+    >>> find_keytab_file("/etc/a:b"), find_keytab_file("FILE:/etc/a:b"), find_keytab_file("MEMORY:a")
+    ('/etc/a:b', '/etc/a:b', '')
+    """
+    kind, colon, path = keytab.partition(":")
+    if not colon or keytab.startswith("/"):
+        return keytab
+    return path if kind in KEYTAB_KINDS else ""
+
+
 def find_gssapi_faults_of(route: Route, hop: Hop) -> Iterator[tuple[str, str, str]]:
     """Yield (keyword, fault, hint) for what a route asks of GSS-API and cannot have."""
     settings = route.gssapi
@@ -2988,6 +3003,8 @@ def find_gssapi_faults_of(route: Route, hop: Hop) -> Iterator[tuple[str, str, st
         yield "method", "Kerberos knows proxies by name, and this one has an address only", hint
     if "per-message" in settings.enctypes:
         yield "gssapi.enctype", "a route protects all messages alike, and not each as one likes it", ""
+    if settings.keytab and not find_keytab_file(settings.keytab):
+        yield "gssapi.keytab", "the key table of a route has to be a file", ""
     if len(route.hops) > 1 and "udpassociate" in route.commands:
         yield "method", "with several hops, datagrams cannot be protected by gssapi", ""
 
@@ -6507,6 +6524,13 @@ def drop_privileges(account: Account | None, root: str) -> None:
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
+def become_reader(account: Account | None) -> None:
+    """Give up identity and power in a child that goes on to read an enemy's bytes; OSError."""
+    drop_privileges(account, "")
+    set_capabilities(0)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: a change of identity ends it
+
+
 # What Python imports only when it is first needed, and who needs it.
 LATE_IMPORTS = {
     "encodings.ascii": "a file of text",
@@ -6909,7 +6933,6 @@ def fork_verifier(body: Callable[[], bool]) -> int:
 SHADOW_FILE = "/etc/shadow"
 PASSWD_FILE = "/etc/passwd"
 SECONDS_PER_DAY = 86400
-KEYTAB_KINDS = frozenset({"FILE", "WRFILE"})
 MOST_KEYTAB_BYTES = 1 << 20  # some thousand keys
 PAM_TTY, PAM_RHOST, PAM_RUSER, PAM_XDISPLAY = 3, 4, 8, 11  # security/_pam_types.h
 IDENT_PORT = 113  # RFC 1413
@@ -7172,12 +7195,15 @@ def verify_pam(service: str, user: bytes, password: bytes, client: str) -> str:
 
 
 def copy_keytab(keytab: str) -> str:
-    """Return a copy in memory of a key table, for a process that cannot read the file; OSError."""
-    kind, colon, path = keytab.rpartition(":")
-    if colon and kind not in KEYTAB_KINDS:
-        raise OSError(errno.EINVAL, f'key table "{keytab}" is no file')
-    with open(path.encode(WIRE_TEXT), "rb") as file:
-        _, name = make_table(file.read(MOST_KEYTAB_BYTES))
+    """Return a copy in memory of a key table, for a process that cannot read the file; GssError."""
+    path = find_keytab_file(keytab)
+    if not path:
+        raise GssError(f'gssapi.keytab: key table "{keytab}" is no file')
+    try:
+        with open(path.encode(WIRE_TEXT), "rb") as file:
+            _, name = make_table(file.read(MOST_KEYTAB_BYTES))
+    except OSError as error:
+        raise GssError(f"gssapi.keytab: {error.strerror}") from None
     return f"FILE:{name.decode('ascii')}"
 
 
@@ -12222,7 +12248,9 @@ SHORTAGE_SECONDS = 2.0  # how long new clients are turned away once memory has r
 WATCH_MILLISECONDS = 2000  # how often the main thread looks whether anybody waits for clients
 DRAIN_MILLISECONDS = 200  # how often a worker without listeners looks whether its sessions have ended
 RESOLVER_THREADS = 128  # questions answered at once; more wait in the inbox
-INITIATORS = 64  # log-ins to upstreams at once; each lasts a round trip, or until timeout.connect
+# Log-ins to upstreams at once.  Each lasts as long as the KDC and a round trip to the upstream take, and at
+# the latest until timeout.connect once there is a ticket; while the KDC is silent, up to VERIFY_SECONDS.
+INITIATORS = 64
 WAITING_INITIATIONS = 256  # more than that are refused
 WAITING_MILLISECONDS = 10  # how often those that wait have a chance
 VERIFIERS = 64  # password checks at once; a PAM module may sleep 2 seconds over each
@@ -12954,29 +12982,37 @@ class Warden:
         try:
             settings = {str(rule.number).encode(): rule.gssapi for rule in self.config.client_rules}[number]
             keytab = copy_keytab(settings.keytab)
-            drop_privileges(self.reader, "")
-            set_capabilities(0)
+            become_reader(self.reader)
             found = accept_context(settings.servicename, keytab, token)
             if not 0 < len(found[1]) <= NAME_MAX:
                 raise GssError(f"the client's name has {describe_count(len(found[1]), 'byte')}")
             question.reply([b"", *found])
-        except OSError as error:
-            question.reply([f"gssapi.keytab: {error.strerror}".encode("utf-8", "replace")[:255]])
-        except (KeyError, GssError) as error:
+        except (KeyError, OSError, GssError) as error:
             question.reply([str(error).encode("utf-8", "replace")[:255]])
         return True
 
-    def initiate(self, question: Question) -> bool:
-        """Establish a context of GSS-API with an upstream; in a child.
+    def begin_context(self, service: UpstreamService) -> tuple[Initiation, bytes]:
+        """Begin a context, and give all power up; return it and the token for the upstream.
 
-        It has its power while it gets the ticket, and gives it up before it reads what the upstream says.
+        GssError, OSError.  What the KDC says is read with power where the route names no key table, and
+        only there: the cache with our tickets is in reach of user.privileged alone.
         """
+        if not service.keytab:
+            initiation = Initiation(service)
+            token = initiation.begin()
+            become_reader(self.reader)
+            return initiation, token
+        keytab = copy_keytab(service.keytab)
+        become_reader(self.reader)
+        initiation = Initiation(service._replace(keytab=keytab))
+        return initiation, initiation.begin()
+
+    def initiate(self, question: Question) -> bool:
+        """Establish a context of GSS-API with an upstream; in a child."""
         keep_only(question.answer.fileno())
         try:
-            initiation = Initiation(UpstreamService(*(f.decode(WIRE_TEXT) for f in question.fields)))
-            token = initiation.begin()
-            drop_privileges(self.reader, "")
-            set_capabilities(0)
+            service = UpstreamService(*(field.decode(WIRE_TEXT) for field in question.fields))
+            initiation, token = self.begin_context(service)
             question.reply([b"", initiation.finish(question.consult([b"", token]))])
         except (SockdError, OSError) as error:
             question.reply([str(error).encode("utf-8", "replace")[:255]])

@@ -6,9 +6,11 @@ Debian's danted is built without GSS-API: there is nobody to compare with.
 from __future__ import annotations
 
 import contextlib
+import os
 import pwd
 import re
 import select
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +34,7 @@ from kerberos import (
 )
 from more_peers import pattern, rule, wait_for_line, wait_for_record
 from peers import Seen, TcpPeer, discard, receive
-from servers import DidNotStart, Server, eventually
+from servers import DidNotStart, Server, eventually, read_process
 from test_gssapi import holds, is_jailed, memory_kilobytes, read_key
 from upstreams import HEAD, LOG, PASS, REPLY5, route
 
@@ -311,7 +313,7 @@ def expect_failure(server: Server, reason: str, code: int = REFUSED) -> None:
 
 HELPLESS: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
     "no-key-table": ({"KRB5_CLIENT_KTNAME": "/nonexistent/keytab"}, {}, "gss_init_sec_context() failed: "),
-    "no-table-of-route": ({}, {"gssapi_keytab": "FILE:/nonexistent/k"}, "gss_acquire_cred_from() failed: "),
+    "no-table-of-route": ({}, {"gssapi_keytab": "FILE:/nonexistent/k"}, "gssapi.keytab: No such file"),
     "unknown-service": ({}, {"gssapi_servicename": "other"}, "Server other/localhost@"),
 }
 
@@ -634,6 +636,46 @@ def test_reload_takes_tickets_up(sockd: Factory, realm: Realm, peer: StartPeer) 
         assert client.open5(CONNECT, *target).code == 0
 
 
+def find_initiator(server: Server) -> int:
+    """Give the child of the warden, or 0."""
+    processes = server.processes()
+    children = {p.pid for p in processes if p.parent == server.pid}
+    return next((p.pid for p in processes if p.parent in children), 0)
+
+
+def is_powerless(pid: int) -> bool:
+    """Tell whether a process is nobody, without a capability."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    uid = pwd.getpwnam("nobody").pw_uid
+    return f"Uid:\t{uid}\t{uid}\t{uid}\t{uid}\n" in status and "CapPrm:\t0000000000000000\n" in status
+
+
+@pytest.mark.parametrize("silent", ["kdc", "upstream"])
+def test_who_reads_for_the_warden_has_no_power_and_ends_with_it(
+    sockd: Factory, realm: Realm, monkeypatch: pytest.MonkeyPatch, silent: str
+) -> None:
+    """The upstream's words, and with a key table of the route the KDC's too."""
+    with contextlib.ExitStack() as stack:
+        proxy = stack.enter_context(contextlib.closing(TcpPeer(answer_token(b""))))
+        items = {}
+        if silent == "kdc":
+            kdc = stack.enter_context(UdpClient())
+            text = Path(realm.env["KRB5_CONFIG"]).read_text()
+            settings = realm.folder / "silent.conf"
+            settings.write_text(text.replace(f":{realm.port}", f":{kdc.address[1]}"))
+            monkeypatch.setenv("KRB5_CONFIG", str(settings))
+            items = {"gssapi_keytab": f"FILE:{realm.folder}/other"}
+        server = sockd(by_ticket(proxy.port, **items))
+        client = stack.enter_context(Client(server.addresses[0]))
+        client.send(b"\5\1\0" + request5(CONNECT, "192.0.2.80", 80))
+        pid = eventually(lambda: find_initiator(server))
+        eventually(lambda: is_powerless(pid))
+        process = read_process(pid)
+        assert process
+        os.kill(process.parent, signal.SIGKILL)
+        eventually(lambda: (process := read_process(pid)) is None or process.state == "Z")
+
+
 # ------------------------------ at the start ------------------------------
 
 BAD = {
@@ -641,6 +683,7 @@ BAD = {
     "via: proxy.test\nmethod: gssapi\nproxyprotocol: socks_v4 socks_v5": "needs proxyprotocol socks_v5",
     "via: proxy.test\nmethod: gssapi\ngssapi.servicename: gss_c_no_name": "asked for by name",
     "via: proxy.test\nmethod: gssapi\ngssapi.enctype: per-message": "protects all messages alike",
+    "via: proxy.test\nmethod: gssapi\ngssapi.keytab: MEMORY:x": "has to be a file",
     "via: a.test\nmethod: gssapi\nvia: b.test\nmethod: gssapi": "only one hop of a route",
     "via: a.test\nmethod: gssapi\nvia: b.test\nproxyprotocol: socks_v5\ncommand: udpassociate": "datagrams",
 }
