@@ -11398,12 +11398,18 @@ class UdpRequest:
         """Judge the association.  As Dante: by the port as well that the client says it will send from."""
         session = self.session
         facts = session.facts("udpassociate", None)
-        named = facts._replace(source=self.request.target)
-        if not named.source.port or named.source.host != session.client.host:
+        port = self.request.target.port
+        if not port or not self.names_client():
             return session.decide_request(facts)
+        named = facts._replace(source=session.client._replace(port=port))
         # By the policy alone first: what libwrap does for a rule that passes is done once.
         decision = session.serving.policy.socks_decision(named, session.lookup)
         return session.decide(named) if decision.verdict == "block" else session.decide_request(facts)
+
+    def names_client(self) -> bool:
+        """Tell whether the address in the request is the client's own; it may be spelled as a name."""
+        target = self.request.target
+        return (find_literal(target.host) or target).host == self.session.client.host
 
     def keeps_port(self) -> bool:
         """Tell whether to grant that datagrams leave by the client's port (compatibility: draft-5.05)."""
@@ -11444,7 +11450,7 @@ class UdpRequest:
         that can be the client's makes its port count.
         """
         host, port, _ = self.request.target
-        own = host in IP_ANY or host in ("", "0") or host == self.session.client.host
+        own = host in IP_ANY or host in ("", "0") or self.names_client()
         return self.session.client._replace(port=port if own else 0)
 
     def relay(self, relay: socket.socket) -> None:

@@ -257,8 +257,10 @@ def test_first_datagram_fixes_the_port_of_the_client(server: Server, peer: Start
     assert [data for data, _ in target.seen] == [b"ping", b"pong"]
 
 
-@pytest.mark.parametrize("dst", ["0.0.0.0", "127.0.0.1"])
-def test_port_in_the_request_is_the_only_one_that_may_send(server: Server, peer: StartPeer, dst: str) -> None:
+@pytest.mark.parametrize("dst", ["0.0.0.0", "127.0.0.1", b"127.0.0.1"])
+def test_port_in_the_request_is_the_only_one_that_may_send(
+    server: Server, peer: StartPeer, dst: str | bytes
+) -> None:
     target, udp = peer("udp-echo"), UdpClient()
     with associate(server, dst, udp.address[1], udp=udp) as association, UdpClient() as other:
         other.send(association.relay, *target.address, b"from another port")
@@ -277,6 +279,32 @@ def test_odd_address_in_the_request_is_neither_resolved_nor_held_against_the_cli
     with associate(server, dst, port if dst not in (b"0.0.0.0", b"0", b"") else 0) as association:
         association.exchange(target, b"ping")
         wait_for_record(server, "udp/udpassociate [:", f" 127.0.0.1.{association.relay[1]}")
+
+
+@pytest.mark.parametrize(
+    ("dst", "blocked"),
+    [
+        ("::1", True),
+        (b"::1", True),
+        (b"0:0:0:0:0:0:0:1", True),
+        ("127.0.0.1", True),
+        (b"127.0.0.1", True),
+        ("::", False),
+        (b"", False),
+        ("fd00::1", False),
+    ],
+)
+def test_request_is_judged_by_the_port_beside_the_clients_own_address(
+    sockd: Any, private_world: World, dst: str | bytes, blocked: bool
+) -> None:
+    ports = "".join(
+        rule("socks block", f"from: {own} port = 7777 to: 0/0") for own in ("::1/128", "127.0.0.1/32")
+    )
+    server = sockd(HEAD + CLIENT_PASS + ports + SOCKS_PASS, world=private_world)
+    address = server.addresses[0 if "." in str(dst) else 1]
+    with Client(address) as client, Client(address) as other:
+        assert client.open5(UDP_ASSOCIATE, dst, 7777).code == (2 if blocked else 0)
+        assert other.open5(UDP_ASSOCIATE, dst, 7776).code == 0
 
 
 def test_name_in_the_request_is_never_looked_up(
