@@ -1644,10 +1644,12 @@ LIBWRAP_OPTIONS = {
     "user": r".+",
 }
 
+LIBWRAP_BLANKS = " \t\r\f\v="  # between an option and its value
+
 
 def check_libwrap_option(option: str, token: Token) -> None:
     """Check one option and what stands behind it; `token` is its name."""
-    name, value = token.text.lower(), re.sub(r"[\s=]*$|^[\s=]*", "", option.strip()[len(token.text) :])
+    name, value = token.text.lower(), option.partition(token.text)[2].strip(LIBWRAP_BLANKS)
     if name in ("allow", "deny"):
         raise Mistake(
             f'"{token.text}" is for hosts.allow and hosts.deny: the verdict is the rule\'s own', token
@@ -1990,7 +1992,7 @@ def read_option(parser: Parser, keyword: Token) -> tuple[SocketOption, ...]:
     if name.isdecimal():
         check_option_side(parser, keyword)
         value = parse_number(parser, 0, MAX_OPTION)
-        number = check_range(int(name[:20]), 0, MAX_OPTION, keyword)
+        number = check_range(parse_number_text(Token(name, keyword.offset)), 0, MAX_OPTION, keyword)
         return (SocketOption(side, level_name, name, LEVELS[level_name], number, value),)
     if name in IGNORED_OPTIONS:
         parser.scanner.take_below(VALUE_WORD)
