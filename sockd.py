@@ -10994,7 +10994,8 @@ class ExtendedBindRequest(BindRequest):
         self.target = Endpoint("::", 0, 6) if only_ipv6 else UNSPECIFIED
         self.bound = UNSPECIFIED
         self.forwarded: set[Forwarding] = set()
-        self.gate = threading.Lock()  # guards `forwarded`, and `ended` while there are any
+        self.closing = 0  # peers that have left `forwarded` and are being closed, which may take so_linger
+        self.gate = threading.Lock()  # guards these two and `ended`; nothing that waits is called under it
         self.ended = -1  # an eventfd: written when one has ended
         self.sent = 0  # bytes to the client, by those that have ended
         self.received = 0  # bytes to peers
@@ -11053,7 +11054,7 @@ class ExtendedBindRequest(BindRequest):
         poller, session = select.poll(), self.session
         poller.register(session.connection.fileno(), select.POLLIN)
         poller.register(self.ended, select.POLLIN)
-        if len(self.forwarded) < MOST_FORWARDED:
+        if len(self.forwarded) + self.closing < MOST_FORWARDED:
             poller.register(listener.fileno(), select.POLLIN)
         idle = NO_DEADLINE if self.forwarded else deadline_after(rule.timeouts.io_tcp)
         ready = {descriptor for descriptor, _ in poller.poll(poll_milliseconds(idle))}
@@ -11180,10 +11181,14 @@ class ExtendedBindRequest(BindRequest):
             if forwarding not in self.forwarded:
                 return
             self.forwarded.remove(forwarding)
+            self.closing += 1
             self.sent += forwarding.client_side.sent
             self.received += forwarding.peer_side.sent
-            forwarding.close()
-            os.eventfd_write(self.ended, 1)
+        forwarding.close()
+        with self.gate:
+            self.closing -= 1
+            if self.ended >= 0:  # else the session has not waited for us
+                os.eventfd_write(self.ended, 1)
 
     def end_forwarding(self) -> None:
         """Cut what still goes on, and wait for its threads."""
@@ -11193,15 +11198,16 @@ class ExtendedBindRequest(BindRequest):
         for forwarding in left:
             forwarding.cut()
         try:
-            while self.forwarded:
+            while self.forwarded or self.closing:
                 wait_for(self.ended, select.POLLIN, deadline)
                 os.eventfd_read(self.ended)
         except DeadlinePassed:
-            pass  # a thread that died before its first step, for want of memory
+            pass  # a thread that died before its first step, for want of memory, or a long so_linger
         for forwarding in left:
             self.release(forwarding)
         with self.gate:
             os.close(self.ended)
+            self.ended = -1
 
     def finish_above(self) -> None:
         if self.has_forwarded and self.verdict == "pass":

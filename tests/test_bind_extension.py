@@ -189,6 +189,22 @@ def test_peer_that_has_gone_has_no_name_any_more(server: Server, caller: Caller)
     eventually(lambda: caller.ask(called.source) == UNKNOWN)
 
 
+def test_nobody_waits_for_a_connection_that_lingers(sockd: Factory) -> None:
+    linger = "internal.socket.so_linger: 60\n"
+    server = sockd(EXTENSION + linger + IPV4_HEAD + CLIENT_PASS + SOCKS_PASS)
+    with Caller(server.addresses[0]) as client:
+        client.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        bound = client.open_several()
+        with visit(bound) as visitor, client.accept() as called:
+            visitor.send(bytes(50_000))
+            visitor.finish_sending()
+            called.finish_sending()
+            eventually(lambda: client.ask(called.source) == UNKNOWN)
+            with visit(bound) as another, client.accept() as its_call:
+                assert its_call.exchange_with(another, b"meanwhile")
+            assert called.receive_all() == bytes(50_000)
+
+
 def test_each_half_closes_for_itself(server: Server, caller: Caller) -> None:
     bound = caller.open_several()
     with visit(bound) as visitor, caller.accept() as called:
