@@ -401,7 +401,6 @@ class Route(NamedTuple):
     resolve: str = "both"  # ours: here, there or both
     redirect: Redirect | None = None
     gssapi: Gssapi = Gssapi()
-    extension_bind: bool = False
     socket_options: tuple[SocketOption, ...] = ()
 
 
@@ -3062,7 +3061,9 @@ def finish_route(parser: Parser, draft: Draft, number: int) -> Route:
     check_route_addresses(parser, draft, not hops)
     asks_udp = not hops or "udpassociate" in values.get("commands", ())
     values.setdefault("protocols", frozenset({"tcp", "udp"} if asks_udp else {"tcp"}))
-    values["extension_bind"] = "bind" in values.pop("extension", ())
+    if values.pop("extension", ()):
+        # As Dante: it is taken here, but only a client library could do something with it.
+        parser.warn('"extension" has no effect in a route', draft.places["extension"])
     values["redirect"] = finish_redirect(draft)
     values["gssapi"] = Gssapi(**{"keytab": "", **draft.group("gssapi")})
     route = Route(number, hops=hops, position=draft.position, **values)

@@ -575,7 +575,6 @@ def test_parse_numbers_each_kind_in_the_order_of_the_file() -> None:
         ("10.0.0.1", "balance: fewest", "balance", "fewest"),
         ("10.0.0.1", "", "resolve", "both"),
         ("10.0.0.1", "resolve: there", "resolve", "there"),
-        ("10.0.0.1", "extension: bind", "extension_bind", True),
         ("10.0.0.1", "gssapi.servicename: x", "gssapi", sockd.Gssapi("x", "")),
     ],
 )  # fmt: skip
@@ -1003,6 +1002,8 @@ def test_parse_accepts_alarms_of_single_kinds_before_one_for_all() -> None:
         ("monitor { from: 0/0 to: 0/0 }", "this monitor has no alarm"),
         ("route { from: 0/0 to: 0/0 via: 10.0.0.1\ngssapi.enctype: clear\n}",
          '"gssapi.enctype" has no effect in a route without method gssapi'),
+        ("route { from: 0/0 to: 0/0 via: 10.0.0.1\nextension: bind\n}",
+         '"extension" has no effect in a route'),
     ],
 )  # fmt: skip
 def test_parse_warns(lines: str, text: str) -> None:
