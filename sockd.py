@@ -12277,6 +12277,7 @@ DRAINED = encode_message(0, [b"drained"])  # it has let go of the listeners: it 
 SETTLED = encode_message(0, [b"settled"])  # ... and none of its sessions will ask the warden any more
 DEAF = encode_message(0, [b"deaf"])  # a listener does not listen any more
 WORKER_WORDS = frozenset({TIRED, DRAINED, SETTLED, DEAF})
+MOST_LOG_TARGETS = 253  # descriptors that Linux passes in one message (SCM_MAX_FD)
 
 
 class Order(enum.IntEnum):
@@ -12291,7 +12292,7 @@ class Order(enum.IntEnum):
 def receive_order(control: socket.socket) -> tuple[int, list[bytes], list[int]] | None:
     """Read the mother's next order; None when she is gone."""
     try:
-        data, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, 16)
+        data, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, MOST_LOG_TARGETS)
     except OSError:
         return None
     if not data:
@@ -13137,6 +13138,19 @@ def default_files(program: str) -> tuple[str, str]:
     return (DANTED_CONFIG, DANTED_PIDFILE) if program == "danted" else (DEFAULT_CONFIG, DEFAULT_PIDFILE)
 
 
+def find_log_faults(config: Config) -> tuple[Complaint, ...]:
+    """Return the complaint that there are more log targets than the mother can pass on in a reload."""
+    names = [*config.logoutput, *config.errorlog]
+    order = encode_message(Order.LOGS, [name.encode("latin-1") for name in ["", *names[:MOST_LOG_TARGETS]]])
+    if len(names) > MOST_LOG_TARGETS:
+        text = f"logoutput and errorlog name {len(names)} targets: at most {MOST_LOG_TARGETS} can be had"
+    elif len(order) > MAX_MESSAGE_BYTES:
+        text = f"the names in logoutput and errorlog are {len(order) - MAX_MESSAGE_BYTES} bytes too long"
+    else:
+        return ()
+    return (Complaint("error", text),)
+
+
 def find_unusable_externals(config: Config) -> tuple[Complaint, ...]:
     """Complain of each external address that is not one of this machine's."""
     complaints = []
@@ -13296,7 +13310,7 @@ def read_config(options: Options) -> tuple[Config | None, tuple[Complaint, ...]]
     if config.debug if options.debug is None else options.debug:
         config = log_everything(config)
     config, faults = load_all_credentials(config)
-    more = (*faults, *find_unsupported(config), *find_unusable_externals(config))
+    more = (*faults, *find_unsupported(config), *find_unusable_externals(config), *find_log_faults(config))
     more += (*find_missing_libraries(config), *find_libwrap_faults(config), *find_gssapi_faults(config))
     return (None if more else config), (*complaints, *more)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from client import BIND, CONNECT, Client
 from conftest import Factory
-from servers import Server, World, eventually, find_children, hash_password, read_process
+from servers import Server, World, check_configuration, eventually, find_children, hash_password, read_process
 from test_socket_options import KEEPIDLE, Setting, peer_of, read_settings, spell
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("as_root")]
@@ -486,6 +486,40 @@ def test_old_workers_serve_on_where_new_ones_cannot_be_forked(
         assert client.open5(CONNECT, "127.0.0.1", peer("echo").port).code == 2
     assert not [m for m in server.messages if "unexpectedly" in m]
     server.take_baseline()
+
+
+def test_sessions_outlive_the_reopening_of_many_logs(
+    sockd: Factory, peer: StartPeer, tmp_path: Path, enter: Callable[[Server], Client]
+) -> None:
+    paths = [tmp_path / f"records{number}" for number in range(20)]
+    server = sockd(
+        f"logoutput: stderr {' '.join(map(str, paths[:10]))}\n"
+        f"errorlog: {' '.join(map(str, paths[10:]))}\n{PLAIN}"
+    )
+    client = enter(server)
+    assert client.greet() == 0 and is_served(client, peer)
+    children = set(find_children(server.pid))
+    server.reload()
+    newer = enter(server)
+    assert newer.greet() == 0 and is_served(newer, peer)
+    assert client.exchange(b"still") == b"still"
+    assert set(find_children(server.pid)) == children
+    assert all("SIGHUP ]" in path.read_text() for path in paths[:10])
+
+
+TOO_MANY = {
+    "targets": (254, 1, "logoutput and errorlog name 254 targets: at most 253 can be had"),
+    "bytes": (40, 120, "the names in logoutput and errorlog are "),
+}
+
+
+@pytest.mark.parametrize("kind", TOO_MANY)
+def test_more_logs_than_can_be_passed_on_are_refused(tmp_path: Path, kind: str) -> None:
+    count, length, text = TOO_MANY[kind]
+    names = [f"/tmp/{'x' * length}{number}" for number in range(count)]
+    done = check_configuration(f"logoutput: {' '.join(names[1:])}\nerrorlog: {names[0]}\n{PLAIN}", tmp_path)
+    assert done.returncode == 1
+    assert text in done.stdout + done.stderr
 
 
 def test_log_that_cannot_be_opened_again_is_kept(sockd: Factory, tmp_path: Path, peer: StartPeer) -> None:
