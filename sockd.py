@@ -6066,6 +6066,20 @@ def set_option(connection: socket.socket, option: SocketOption) -> None:
     connection.setsockopt(option.level, option.number, option_value(connection, option))
 
 
+SO_BUF_LOCK = 72  # asm-generic/socket.h, since Linux 5.14: which buffers have a fixed size
+BUFFER_SIZES = ((socket.SOL_SOCKET, socket.SO_RCVBUF), (socket.SOL_SOCKET, socket.SO_SNDBUF))
+
+
+def value_to_restore(listener: socket.socket, level: int, number: int) -> bytes:
+    """Return what setsockopt(2) takes to bring an option back to what it is now; OSError."""
+    value = listener.getsockopt(level, number, 16)
+    if (level, number) in BUFFER_SIZES:
+        return struct.pack("=i", struct.unpack("=i", value)[0] // 2)  # the kernel doubles what it is given
+    if (level, number) == (socket.IPPROTO_TCP, socket.TCP_MAXSEG):
+        return bytes(4)  # a listener without one says 536, which as a setting would be a limit
+    return value
+
+
 def set_options(
     connection: socket.socket, options: Iterable[SocketOption], side: str
 ) -> list[tuple[SocketOption, OSError]]:
@@ -13676,6 +13690,8 @@ class Mother:
         self.config = config
         self.log = Log(options.program)
         self.listeners: dict[Endpoint, socket.socket] = {}  # by the address as configured
+        # What the listeners had before an option was set: (listener, level, number) of setsockopt(2).
+        self.usual: dict[tuple[socket.socket, int, int], bytes] = {}
         self.children: dict[int, Child] = {}
         self.generations: list[Generation] = []  # whose workers may ask a warden, and the newest at the end
         self.handover: Handover | None = None
@@ -13785,9 +13801,45 @@ class Mother:
 
     def set_listener_options(self) -> None:
         """Set what of internal.* the accepted sockets inherit; a fault is a warning."""
+        self.restore_listener_options()
         for listener in self.listeners.values():
+            self.remember_options(listener)
             for option, error in set_options(listener, self.config.socket_options, "internal"):
                 self.log.write("warning", describe_option_fault(option, str(error.strerror)))
+
+    def remember_options(self, listener: socket.socket) -> None:
+        """Keep what a listener has before an option is set on it for the first time."""
+        for option in self.config.socket_options:
+            if option.side != "internal" or not LEVEL_FITS[option.level_name](listener):
+                continue
+            numbers = [option.number]
+            if (option.level, option.number) in BUFFER_SIZES:
+                numbers.insert(0, SO_BUF_LOCK)  # a buffer that has had a size does not grow any more
+            for number in numbers:
+                try:
+                    usual = value_to_restore(listener, option.level, number)
+                except OSError:
+                    continue  # it cannot be asked for
+                self.usual.setdefault((listener, option.level, number), usual)
+
+    def restore_listener_options(self) -> None:
+        """Take back what an older configuration has set and this one does not; a fault is a warning."""
+        self.usual = {key: value for key, value in self.usual.items() if key[0].fileno() >= 0}
+        kept = {
+            (o.level, o.number) for o in self.config.socket_options if o.side == "internal" and not o.mask
+        }
+        # The last one first: some change others.
+        for (listener, level, number), usual in reversed(self.usual.items()):
+            if (level, number) in kept:
+                continue
+            try:
+                listener.setsockopt(level, number, usual)
+            except OSError as error:
+                where = endpoint_of(listener.getsockname())
+                self.log.write(
+                    "warning",
+                    f"could not take back socket option {level}.{number} of {where}: {error.strerror}",
+                )
 
     def take_pidfile(self) -> None:
         try:

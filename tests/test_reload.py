@@ -15,7 +15,7 @@ import pytest
 from client import BIND, CONNECT, Client
 from conftest import Factory
 from servers import Server, World, check_configuration, eventually, find_children, hash_password, read_process
-from test_socket_options import KEEPIDLE, Setting, peer_of, read_settings, spell
+from test_socket_options import KEEPIDLE, MAXSEG, TCP_SETTINGS, Setting, peer_of, read_settings, spell
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("as_root")]
 StartPeer = Callable[..., Any]
@@ -34,6 +34,7 @@ socks pass { from: 0/0 to: 0/0
 BLOCK = PASS.replace("socks pass", "socks block")
 PLAIN = f"{HEAD}socksmethod: none\n{PASS % ''}"
 LOGIN = (b"ann", b"sesame")
+BUF_LOCK = Setting("lock", "", socket.SOL_SOCKET, 72, 0)  # SO_BUF_LOCK, asm-generic/socket.h
 
 
 @pytest.fixture
@@ -357,6 +358,30 @@ def test_processor_settings_that_a_reload_removes_are_undone(sockd: Factory) -> 
             assert os.sched_getscheduler(pid) == os.SCHED_BATCH
             assert os.sched_getaffinity(pid) == os.sched_getaffinity(0)
     server.take_baseline()
+
+
+def test_socket_options_that_a_reload_removes_are_undone(sockd: Factory) -> None:
+    usual = ("so_priority", "tcp_nodelay", "tcp_keepidle", "so_rcvbuf", "so_sndbuf", "tcp_linger2", "ip_ttl")
+    settings = tuple(s for s in TCP_SETTINGS if s.name.endswith(usual)) + MAXSEG
+
+    def look() -> dict[str, int | bytes]:
+        with Client(server.addresses[0]) as client:
+            assert client.greet() == 0
+            return {
+                **read_settings(server, lambda connection: peer_of(connection) == client.address, settings),
+                "lock": read_settings(server, lambda c: peer_of(c) == client.address, (BUF_LOCK,))["lock"],
+                "segment": client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG),
+            }
+
+    server = sockd(PLAIN)
+    before = look()
+    for _ in range(2):
+        server.reload(f"{spell('internal', settings)}{PLAIN}")
+        changed = look()
+        assert all(changed[setting.name] != before[setting.name] for setting in settings)
+        server.reload(PLAIN)
+        assert look() == before
+    assert not [m for m in server.messages if "could not" in m]
 
 
 # ------------------------------ what cannot be taken up ------------------------------
