@@ -7880,6 +7880,7 @@ class Side:
         "bulk",
         "connection",
         "finished",
+        "kept",
         "may_splice",
         "most",
         "peer",
@@ -7907,6 +7908,7 @@ class Side:
         self.piped = 0  # bytes from it in the pipe
         self.finished = False  # its FIN has been read
         self.backlog = b""  # read from the peer, not yet taken by this side
+        self.kept = b""  # read from the peer before the relay has begun
         self.urgent = False  # the backlog is a single urgent byte
         self.reading = READABLE  # what poll is asked for when the side is to be read
 
@@ -7985,8 +7987,13 @@ class Side:
         return data
 
     def keep(self, data: bytes) -> None:
-        """Take data that is to be sent when the relay begins; OSError."""
-        self.backlog = data
+        """Take data that is to be sent when the relay begins."""
+        self.kept = data
+
+    def begin(self) -> bytes:
+        """Have what was kept sent before all else, and return it as the peer has sent it; OSError."""
+        self.backlog, self.kept = self.kept, b""
+        return self.backlog
 
     def send(self, data: bytes) -> None:
         """Send data; what the kernel does not take becomes the backlog.  SideFailed."""
@@ -8054,8 +8061,11 @@ class SealedSide(Side):
     def receive_urgent(self) -> bytes | None:
         return None
 
-    def keep(self, data: bytes) -> None:
-        super().keep(self._seal(data))
+    def begin(self) -> bytes:
+        """Seal what was kept, as Side.begin: not before the reply is sealed, which is sent first."""
+        kept = super().begin()
+        self.backlog = self._seal(kept)
+        return kept
 
     def _seal(self, data: bytes) -> bytes:
         """Return data as messages; OSError."""
@@ -10466,12 +10476,14 @@ def run_relay(session: Session, records: TcpRecords, client: Side, target: Side)
     if early:
         client.received = len(early)
         target.keep(early)
+        target.begin()
         if observe is not None:
             observe(client, early)
-    if client.backlog:  # what came from the target behind the reply of an upstream
-        target.received = len(client.backlog)
+    first = client.begin()
+    if first:  # what came from the target behind the reply of an upstream
+        target.received = len(first)
         if observe is not None:
-            observe(target, client.backlog)
+            observe(target, first)
     session.describe_io = lambda: f"{records.near} <-> {records.far}: {client.received} <-> {target.received}"
     relay = TcpRelay(client, target, records.rule.timeouts, observe)
     relay.budget = session.make_budget(records.rule)
@@ -11811,7 +11823,7 @@ class HttpExchange:
         self.observe = records.observer()
         self.pending = session.stream.pending  # read from the client and not yet understood
         self.upload = make_body(request.length or 0)
-        self.answer = bytearray(self.client.backlog)  # read from the target and not yet understood
+        self.answer = bytearray(self.client.begin())  # read from the target and not yet understood
         self.target.received, self.client.backlog = len(self.answer), b""
         self.looked_at = 0  # bytes of the answer
         self.response: HttpResponse | None = None

@@ -28,6 +28,7 @@ from kerberos import (
     SERVICE,
     TOKEN,
     Acceptor,
+    GssClient,
     Realm,
     message,
     running_realm,
@@ -162,6 +163,27 @@ def test_what_comes_with_request_and_reply_is_passed_on(
         with Client(server.addresses[0]) as other:
             assert other.open5(CONNECT, *peer("greeter").address).code == 0
             assert other.receive(5) == b"hello"
+
+
+def test_what_comes_behind_a_reply_is_recorded_as_it_came(sockd: Factory, realm: Realm) -> None:
+    """And not as it is sealed for the client, who gets it in the order that it is sealed in."""
+
+    def behave(connection: socket.socket, seen: Seen) -> None:
+        receive(connection, seen)
+        connection.sendall(b"\5\0")
+        receive(connection, seen)
+        connection.sendall(REPLY5 + b"early")
+        discard(connection, seen)
+
+    with contextlib.closing(TcpPeer(behave)) as proxy:
+        text = accepting(realm) + route(("localhost", proxy.port), proxyprotocol="socks_v5")
+        server = sockd(text.replace(LOG, f"{LOG} data"))
+        with GssClient(server.addresses[0], realm) as client:
+            client.log_in()
+            assert client.request5(CONNECT, "192.0.2.80", 80).code == 0
+            assert client.receive(5) == b"early"
+        assert wait_for_record(server, "tcp/connect -", "(5): early")
+        assert wait_for_record(server, "tcp/connect ]", "192.0.2.80.80 -> 5: ")
 
 
 def test_http_client_goes_by_ticket(sockd: Factory, realm: Realm, peer: StartPeer) -> None:
