@@ -12354,6 +12354,24 @@ class Gate(NamedTuple):
 
     lock: threading.Lock
     epoll: select.epoll
+    unheard: set[int]  # listeners that the system had no room to register again
+
+
+def go_to_the_end(gate: Gate, descriptor: int) -> None:
+    """Put a gate behind all others of a listener, so that all workers have their turn.
+
+    The kernel asks them in the order of their registration, and lets none with EPOLLEXCLUSIVE be modified.
+    """
+    try:
+        gate.unheard.add(descriptor)
+        try:
+            gate.epoll.unregister(descriptor)
+        except FileNotFoundError:
+            pass  # it is tried again
+        gate.epoll.register(descriptor, WAKES_ONE)
+        gate.unheard.remove(descriptor)
+    except (OSError, MemoryError):
+        pass  # who waits there next tries again; the client that has come is served
 
 
 class Worker:
@@ -12377,13 +12395,14 @@ class Worker:
         self.called = False  # one of these has been, and has not come yet
         self.call = threading.Lock()  # held, but for the moment of a call
         self.call.acquire()
-        self.gates = [Gate(threading.Lock(), select.epoll()) for _ in range(GATES)]
+        self.gates = [Gate(threading.Lock(), select.epoll(), set()) for _ in range(GATES)]
         self.alarm = os.pipe2(os.O_CLOEXEC)  # wakes all idle threads when `draining` has been set
         self.reserve = os.dup(control.fileno())  # given up for a moment when descriptors run out
         self.cushion: bytes | None = bytes(CUSHION_BYTES)  # given up when memory runs out
         self.short_until = 0.0  # until then new clients are turned away, so that the others have room
         self.draining = False
-        self.settled = False
+        self.drained = False  # and the mother has been told
+        self.settled = False  # as well
         self.deaf = False
         self.complained = False
         self.accepted = 0
@@ -12408,7 +12427,7 @@ class Worker:
             events = poller.poll(DRAIN_MILLISECONDS if hurries else WATCH_MILLISECONDS)
             if events and not self.obey():
                 return self.stop()
-            if self.draining and not self.settled:
+            if self.draining:
                 self.settle()
             if not events and not self.sessions and self.trimmed_after < self.accepted:
                 self.trimmed_after = self.accepted
@@ -12434,23 +12453,26 @@ class Worker:
             self.report()
         elif order == Order.DRAIN and not self.draining:
             self.close_listeners()
-            self.tell_mother(DRAINED)
         return True
 
     def settle(self) -> None:
-        """Tell the mother when no session will ask the warden any more: there will be no new ones."""
-        if not any(session.may_ask() for session in tuple(self.sessions)):
-            self.settled = True
-            self.tell_mother(SETTLED)
+        """Tell the mother that the listeners are let go of, and when no session will ask the warden any more.
+
+        What the system had no room to send is told the next time.
+        """
+        self.drained = self.drained or self.tell_mother(DRAINED)
+        if not self.settled and not any(session.may_ask() for session in tuple(self.sessions)):
+            self.settled = self.tell_mother(SETTLED)
 
     def close_listeners(self) -> None:
         """Accept no more clients."""
         self.draining = True
         os.write(self.alarm[1], b".")
         deadline = time.monotonic() + STOP_SECONDS
-        while self.is_attended() and time.monotonic() < deadline:
-            self.call_spare()
-            time.sleep(0.001)  # a thread that has just been woken may still use a listener
+        # A thread that has just been woken may still use a listener.  One that comes to a gate, or is called
+        # to it, from now on leaves without: it looks at `draining` when it has been counted.
+        while self.attending and time.monotonic() < deadline:
+            time.sleep(0.001)
         for listener in self.listeners.values():
             listener.close()
         self.listeners = {}
@@ -12566,21 +12588,20 @@ class Worker:
 
     def wait_at(self, gate: Gate) -> Session | None:
         """Wait until there is a client, and return its session; None when no more are to be taken."""
-        while not self.draining:
+        session = None
+        while session is None and not self.draining:
             try:
-                for descriptor, _ in gate.epoll.poll(None, 1):
+                for descriptor in tuple(gate.unheard):
+                    go_to_the_end(gate, descriptor)
+                for descriptor, _ in gate.epoll.poll(ACCEPT_PAUSE_SECONDS if gate.unheard else None, 1):
                     listener = self.listeners.get(descriptor)
                     with self.door:
                         session = self.accept(listener) if listener is not None else None
                     if session is not None:
-                        # The kernel asks the gates in the order of their registration: this one goes to
-                        # the end, so that all workers have their turn.
-                        gate.epoll.unregister(descriptor)
-                        gate.epoll.register(descriptor, WAKES_ONE)
-                        return session
+                        go_to_the_end(gate, descriptor)
             except MemoryError:
                 self.run_short("out of memory")  # this thread stays: it may be the last to wait
-        return None
+        return session
 
     def accept(self, listener: socket.socket) -> Session | None:
         """Take one connection off a listener; None if there is none after all."""
@@ -12613,11 +12634,13 @@ class Worker:
         connection.close()
         return None
 
-    def tell_mother(self, message: bytes) -> None:
+    def tell_mother(self, message: bytes) -> bool:
+        """Send the mother a word; False if there is no room for it now."""
         try:
             self.control.send(message, socket.MSG_DONTWAIT)
         except OSError:
-            pass  # she is gone, and the main thread will notice
+            return False  # or she is gone, and the main thread will notice
+        return True
 
     def make_session(self, connection: socket.socket, address: tuple) -> Session:  # type: ignore[type-arg]
         """Return the session of a connection that has just been accepted; OSError, MemoryError."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import select
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from client import CONNECT, Client
 from conftest import Factory
 from servers import Process, Server, eventually
+
+import sockd as program
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("as_root")]
 
@@ -187,3 +193,101 @@ def test_any_cpu_is_the_default(start: Factory, peer: Callable[..., Any]) -> Non
     (pid,) = list_servers_of(server)
     assert os.sched_getaffinity(pid) == os.sched_getaffinity(0)
     assert os.sched_getaffinity(server.pid) == {0}
+
+
+# ------------------------------ a worker alone, where the system runs short ------------------------------
+
+
+class Control(socket.socket):
+    """A worker's end of the connection to the mother; it has no room for the first of its words."""
+
+    faults = 0
+
+    def send(self, *arguments: Any) -> int:
+        if self.faults:
+            self.faults -= 1
+            raise OSError(errno.ENOBUFS, "No buffer space available")
+        return super().send(*arguments)
+
+
+class ShortEpoll:
+    """An epoll that fails to register what it is told next, `faults` times."""
+
+    def __init__(self, fault: Exception) -> None:
+        self.epoll, self.fault, self.faults = select.epoll(), fault, 0
+
+    def register(self, descriptor: int, events: int) -> None:
+        if self.faults:
+            self.faults -= 1
+            raise self.fault
+        self.epoll.register(descriptor, events)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.epoll, name)
+
+
+@pytest.fixture
+def alone() -> Iterator[tuple[program.Worker, socket.socket]]:
+    """A worker with one listener, that does not run; and the mother's end."""
+    theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.settimeout(10)
+    serving: Any = SimpleNamespace(log=None)
+    serving._replace = lambda **_: serving
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    with theirs, Control(fileno=ours.detach()) as control, listener:
+        worker = program.Worker(serving, [listener], control)
+        yield worker, theirs
+        for gate in worker.gates:
+            gate.epoll.close()
+        for descriptor in (*worker.alarm, worker.reserve):
+            os.close(descriptor)
+
+
+def test_worker_tells_that_it_is_drained_until_there_is_room_for_it(
+    alone: tuple[program.Worker, Any],
+) -> None:
+    worker, mother = alone
+    stack_bytes = threading.stack_size()
+    worker.control.faults = 3  # type: ignore[attr-defined]
+    session: Any = type("Relay", (), {"may_ask": lambda _: False})()
+    worker.sessions.add(session)
+    running = threading.Thread(target=worker.run)
+    running.start()
+    try:
+        mother.send(program.encode_message(program.Order.DRAIN, []))
+        assert {mother.recv(100), mother.recv(100)} == {program.DRAINED, program.SETTLED}
+    finally:
+        worker.sessions.clear()
+        running.join(10)
+        threading.stack_size(stack_bytes)
+    assert not running.is_alive()
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), MemoryError()], ids=repr)
+def test_client_is_served_where_its_listener_cannot_be_registered_again(
+    alone: tuple[program.Worker, Any], monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    worker, _ = alone
+    (listener,) = worker.listeners.values()
+    epoll: Any = ShortEpoll(fault)
+    worker.gates = [worker.gates[0]._replace(epoll=epoll), worker.gates[1]]
+    epoll.register(listener.fileno(), program.WAKES_ONE)
+    monkeypatch.setattr(program.Worker, "accept", lambda _, listener: listener.accept()[0])
+    for _ in range(3):
+        with socket.create_connection(listener.getsockname()) as client:
+            epoll.faults = 1
+            found: Any = worker.find_client()
+            with found:
+                assert found.getpeername() == client.getsockname()
+    epoll.close()
+
+
+def test_threads_that_wait_for_a_call_do_not_hold_up_a_drain(alone: tuple[program.Worker, Any]) -> None:
+    worker, _ = alone
+    (listener,) = worker.listeners.values()
+    worker.spare = 100
+    worker.close_listeners()
+    assert not worker.called
+    assert listener.fileno() < 0
+    assert worker.find_client() is None  # a thread that comes now
