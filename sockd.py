@@ -13741,6 +13741,7 @@ class Mother:
         # (when, generation, kind, number): children to fork again
         self.due: list[tuple[float, Generation, str, int]] = []
         self.leaving: list[int] = []  # in a reload: descriptors of the old generation that no child may have
+        self.suspects: set[int] = set()  # older workers that were there when a listener was shut down
         self.tired: set[int] = set()  # workers to be replaced (sockd.conf(5), child)
         self.cpu_at_start = read_cpu_use()
 
@@ -14351,7 +14352,10 @@ class Mother:
             self.revive_listeners()
 
     def revive_listeners(self) -> None:
-        """Listen again where a worker has shut a listener down; end all that have it: nobody knows which."""
+        """Listen again where a worker has shut a listener down; end all that have it: nobody knows which.
+
+        Workers of older generations have said that they let go of it: they are ended the second time.
+        """
         dead = [
             listener
             for listener in self.listeners.values()
@@ -14360,9 +14364,11 @@ class Mother:
         if not dead:
             return
         self.log.write("error", "a worker has shut down what all workers listen on: ending them all")
-        for pid, child in self.children.items():
-            if child.kind == "worker" and child.generation is self.newest:
-                os.kill(pid, signal.SIGKILL)
+        workers = {pid for pid, child in self.children.items() if child.kind == "worker"}
+        newest = {pid for pid in workers if self.children[pid].generation is self.newest}
+        for pid in newest | (self.suspects & workers):
+            os.kill(pid, signal.SIGKILL)
+        self.suspects = workers - newest
         for listener in dead:
             try:
                 listener.listen(LISTEN_BACKLOG)

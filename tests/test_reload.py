@@ -15,7 +15,16 @@ import pytest
 from client import BIND, CONNECT, Client
 from conftest import Factory
 from servers import Server, World, check_configuration, eventually, find_children, hash_password, read_process
-from test_socket_options import KEEPIDLE, MAXSEG, TCP_SETTINGS, Setting, peer_of, read_settings, spell
+from test_socket_options import (
+    KEEPIDLE,
+    MAXSEG,
+    TCP_SETTINGS,
+    Setting,
+    list_sockets,
+    peer_of,
+    read_settings,
+    spell,
+)
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("as_root")]
 StartPeer = Callable[..., Any]
@@ -338,6 +347,35 @@ def test_server_ends_in_the_middle_of_a_reload(lone_sockd: Callable[..., Server]
     eventually(lambda: len(find_workers(server)) == 2)
     assert server.stop() == 0
     eventually(lambda: not server.processes())
+
+
+def test_older_worker_that_shuts_down_listeners_is_ended_the_second_time(
+    sockd: Factory, peer: StartPeer, enter: Callable[[Server], Client]
+) -> None:
+    server = sockd(PLAIN)
+    old = find_workers(server)[0]
+    client = enter(server)
+    assert client.greet() == 0 and is_served(client, peer)
+    server.reload(f"timeout.negotiate: 77\n{PLAIN}")
+    for number in range(2):
+        eventually(lambda number=number: len(find_workers(server)) == 2 + number)  # type: ignore[misc]
+        assert client.exchange(b"still") == b"still"
+        shut_down_listener(server)
+        with contextlib.suppress(OSError), Client(server.addresses[0]):
+            pass  # who is not served, but may be what makes a worker look
+        deaf = "error: a worker has shut down what all workers listen on: ending them all"
+        eventually(lambda number=number: server.messages.count(deaf) == number + 1)  # type: ignore[misc]
+    eventually(lambda: old not in find_children(server.pid))
+    eventually(lambda: len(find_workers(server)) == 4)
+    with Client(server.addresses[0]) as newer:
+        assert newer.greet() == 0 and is_served(newer, peer)
+
+
+def shut_down_listener(server: Server) -> None:
+    """Do to the listener what any process can that has it."""
+    for found in list_sockets(server):
+        if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            found.shutdown(socket.SHUT_RDWR)
 
 
 # ------------------------------ what is taken back ------------------------------
