@@ -5050,18 +5050,20 @@ class Log:
         else:
             self._tell(failures)
 
-    def reopen(self, logoutput: Sequence[str], errorlog: Sequence[str]) -> LogTargets:
+    def reopen(self, config: Config, running: Config) -> LogTargets:
         """Open the targets afresh, and return the former ones: for `keep` or, to go back, for `restore`.
 
         One that is open, and cannot be opened again, stays as it is.
-        ConfigError, and then nothing has changed, where one that is not open cannot be opened.
+        ConfigError, and then nothing has changed, where one that is new cannot be opened.
         """
         former = self.targets, self.error_targets
         present = {*self.targets, *self.error_targets}
         failures: list[str] = []
-        targets = self._open_all(logoutput, failures, self.targets)
-        error_targets = self._open_all(errorlog, failures, self.error_targets)
-        if len(targets) < len(logoutput) or len(error_targets) < len(errorlog):
+        targets = self._open_all(config.logoutput, failures, self.targets)
+        error_targets = self._open_all(config.errorlog, failures, self.error_targets)
+        missing = {*config.logoutput} - {*running.logoutput} - {target.name for target in targets}
+        missing |= {*config.errorlog} - {*running.errorlog} - {target.name for target in error_targets}
+        if missing:
             for target in {*targets, *error_targets} - present:
                 target.close()
             raise ConfigError("; ".join(failures))
@@ -14120,7 +14122,7 @@ class Mother:
         """
         accounts = self.find_accounts(config)
         if (config, accounts) == (self.config, self.newest.accounts):
-            self.log.keep(self.log.reopen(config.logoutput, config.errorlog))
+            self.log.keep(self.log.reopen(config, self.config))
             self.start_watches()
             for child in self.children.values():
                 self.order(child, Order.LOGS)
@@ -14152,7 +14154,7 @@ class Mother:
         ConfigError, and then the old ones go on, where its children cannot be had.
         """
         outgoing, old_children, old_listeners = self.newest, dict(self.children), self.listeners
-        former = self.log.reopen(generation.config.logoutput, generation.config.errorlog)
+        former = self.log.reopen(generation.config, self.config)
         self.leaving = [listener.fileno() for listener in find_others(old_listeners, listeners)]
         self.leaving += [t.descriptor for t in self.log.list_replaced(former) if t.descriptor > 2]
         if outgoing.counts is not None:

@@ -551,6 +551,21 @@ def test_old_workers_serve_on_where_new_ones_cannot_be_forked(
     server.take_baseline()
 
 
+def test_log_that_was_missing_at_the_start_hinders_no_reload(sockd: Factory, tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "log"
+    logs = f"logoutput: stderr {path}\nerrorlog: {path}\n"
+    server = sockd(f"{logs}{PLAIN}")
+    warning = f'warning: could not open logfile "{path}": No such file or directory'
+    assert server.messages.count(warning) == 2
+    server.reload()
+    server.reload(f"timeout.negotiate: 77\n{logs}{PLAIN}")
+    assert server.messages.count(warning) == 6
+    assert len(ends_of_reloads(server)) == 4 and not [m for m in server.messages if "not reloaded" in m]
+    path.parent.mkdir()
+    server.reload()
+    assert "config reloaded" in path.read_text()
+
+
 def test_sessions_outlive_the_reopening_of_many_logs(
     sockd: Factory, peer: StartPeer, tmp_path: Path, enter: Callable[[Server], Client]
 ) -> None:
