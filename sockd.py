@@ -13541,8 +13541,8 @@ def obey_cpu_settings(config: Config, kind: str, at_start: CpuUse, log: Log) -> 
     Whatever is not configured is set too: a child begins with what the mother has, and the mother with what
     an older configuration has given her.
     """
-    if kind != "mother" and not (config.cpu_masks or config.cpu_schedules):
-        return
+    if kind == "worker" and not (config.cpu_masks or config.cpu_schedules):
+        return  # a machine may refuse what is usual for workers, see prefer_throughput
     wanted = find_cpu_use(config, kind, at_start)
     if wanted == read_cpu_use():
         return
