@@ -4213,10 +4213,6 @@ def decode_gssapi_level(data: Octets) -> tuple[bytes, int] | None:
     return decode_gssapi(data, GSSAPI_LEVEL)
 
 
-def decode_gssapi_data(data: Octets) -> tuple[bytes, int] | None:
-    return decode_gssapi(data, GSSAPI_DATA)
-
-
 def decode_upstream_token(data: Octets) -> tuple[bytes, int] | None:
     return decode_gssapi(data, GSSAPI_TOKEN, "proxy server")
 
@@ -7227,14 +7223,15 @@ def copy_keytab(keytab: str) -> str:
 
 
 class SealBroken(PeerGone):
-    """What comes over a protected connection is not what the client has sealed."""
+    """What comes over a protected connection is not what the peer has sealed."""
 
 
 class Seal:
-    """The protection of one client's connection (RFC 1961 section 5).  Owned by its session's thread."""
+    """The protection of one connection (RFC 1961 section 5).  Owned by its session's thread."""
 
-    def __init__(self, context: SecurityContext, level: int) -> None:
+    def __init__(self, context: SecurityContext, level: int, peer: str) -> None:
         """Protect by a context, which becomes its own, on a level of PROTECTIONS; GssError."""
+        self.peer = peer  # "client" or "proxy server"
         self.context = context
         self.level = level
         # Where each message may be protected as one likes it is encrypted.
@@ -7273,7 +7270,7 @@ class Seal:
         opened = []
         try:
             while self.partial:
-                found = decode_gssapi_data(self.partial)
+                found = decode_gssapi(self.partial, GSSAPI_DATA, self.peer)
                 if found is None:
                     break
                 del self.partial[: found[1]]
@@ -7285,7 +7282,7 @@ class Seal:
     def open_datagram(self, datagram: bytes) -> bytes:
         """Return the data of a datagram, which is one message; some may be lost or late.  SealBroken."""
         try:
-            found = decode_gssapi_data(datagram)
+            found = decode_gssapi(datagram, GSSAPI_DATA, self.peer)
         except ProtocolError as error:
             raise SealBroken(str(error)) from None
         if found is None or found[1] != len(datagram):
@@ -8037,7 +8034,7 @@ def readable_bytes(connection: socket.socket) -> int:
 
 
 class SealedSide(Side):
-    """A client whose connection is protected.  As Dante: it counts what is sent, protection included."""
+    """A side whose connection is protected.  As Dante: it counts what is sent, protection included."""
 
     __slots__ = ("seal",)
 
@@ -8086,7 +8083,7 @@ class SealedSide(Side):
 
 
 class SealedSocket(socket.socket):
-    """The client's side of a UDP association whose datagrams are protected."""
+    """A socket whose datagrams are protected."""
 
     seal: Seal
 
@@ -8099,7 +8096,7 @@ class SealedSocket(socket.socket):
         return sealed
 
     def recvfrom(self, size: int, flags: int = 0) -> tuple[bytes, Any]:
-        """Return a datagram's data and sender; OSError for one that the client has not sealed."""
+        """Return a datagram's data and sender; OSError for one that the peer has not sealed."""
         data, sender = super().recvfrom(size, flags)
         try:
             return self.seal.open_datagram(data), sender
@@ -8859,7 +8856,7 @@ class SealedUpstreamStream(UpstreamStream):
         try:
             self.pending += self.seal.open(data)
         except SealBroken as error:
-            raise ProtocolError(f"{error}, from proxy server") from None
+            raise ProtocolError(str(error)) from None
 
     def send(self, data: bytes, deadline: float) -> None:
         try:
@@ -9017,7 +9014,7 @@ def protect(
         try:
             level = agree_on_protection(stream, context, settings, deadline)
             if level:
-                return SealedUpstreamStream(stream, Seal(context, level))
+                return SealedUpstreamStream(stream, Seal(context, level, "proxy server"))
         except BaseException:
             context.close()
             raise
@@ -9962,7 +9959,7 @@ class Session:
             context = self.read_context(deadline)
             try:
                 level = self.read_protection(context, deadline)
-                self.seal = Seal(context, level) if level else None
+                self.seal = Seal(context, level, "client") if level else None
             finally:
                 if self.seal is None:
                     context.close()

@@ -432,7 +432,7 @@ HOSTILE: dict[str, tuple[Act, str]] = {
     "not-a-level": (raw(message(TOKEN, b"\2")), "unexpected type on gssapi packet from proxy server: 1"),
     "abort": (raw(b"\1\xff"), "proxy server has aborted the gssapi exchange"),
     "version": (raw(b"\5\1"), "unknown version on gssapi packet from proxy server: 5"),
-    "plain-reply": (agreed(lambda a: REPLY5), "unknown version on gssapi packet"),
+    "plain-reply": (agreed(lambda a: REPLY5), "unknown version on gssapi packet from proxy server: 5"),
     "signed-reply": (agreed(lambda a: message(DATA, a.wrap(REPLY5))), "a gssapi message is not encrypted"),
     "bent-reply": (agreed(lambda a: message(DATA, a.wrap(REPLY5, True)[:-1] + b"x")), "gss_unwrap() failed"),
     "cut-reply": (agreed(lambda a: message(DATA, a.wrap(REPLY5, True))[:-1]), "no answer from proxy server"),
