@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """What /proc says about a server: its processes and their CPU time, memory and sockets.
 
-A server is started as the leader of a session of its own (setsid), so its processes are
-those of that session, wherever they hang in the process tree.  A process may end between
+A server is started as the leader of a process group of its own, so its processes are
+those of that group, wherever they hang in the process tree.  A process may end between
 two readings; then it counts as nothing.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-SESSION_FIELD, CPU_FIELDS = 3, slice(11, 15)  # proc(5), /proc/pid/stat, counted behind "(comm) "
+GROUP_FIELD, CPU_FIELDS = 2, slice(11, 15)  # proc(5), /proc/pid/stat, counted behind "(comm) "
 CLOSE_WAIT = "08"  # include/net/tcp_states.h
 SOCKET_LINK = re.compile(r"socket:\[(\d+)\]")
 
@@ -41,13 +41,13 @@ def stat_fields(pid: int) -> list[str]:
 
 
 def is_member(pid: int, leader: int) -> bool:
-    """Return whether the process lives in the leader's session; one not yet reaped does not."""
+    """Return whether the process lives in the leader's group; one not yet reaped does not."""
     fields = stat_fields(pid)
-    return bool(fields) and fields[0] != "Z" and fields[SESSION_FIELD] == str(leader)
+    return bool(fields) and fields[0] != "Z" and fields[GROUP_FIELD] == str(leader)
 
 
 def find_members(leader: int) -> list[int]:
-    """Return the pids of all the processes in the session that `leader` leads."""
+    """Return the pids of all the processes in the group that `leader` leads."""
     pids = [int(name) for name in list_folder("/proc") if name.isdigit()]
     return [pid for pid in pids if is_member(pid, leader)]
 

@@ -252,7 +252,7 @@ class Running:
                 stdout=output,
                 stderr=output,
                 env={**os.environ, **dict(setup.environment)},
-                start_new_session=True,
+                preexec_fn=os.setpgrp,  # no session of its own: see README.md, Scheduling
             )
         return self.ready_since(begin)
 
@@ -279,7 +279,7 @@ class Running:
         return " / ".join(lines[-3:]) or "it says nothing"
 
     def end(self) -> None:
-        """Ask the server to end; kill by pid what is left of its session after a while."""
+        """Ask the server to end; kill by pid what is left of its group after a while."""
         if self.process is None:
             return
         process, self.process = self.process, None
@@ -295,7 +295,7 @@ class Running:
 
 
 def end_members(leader: int) -> None:
-    """Give a session's other processes a moment to end with their leader, then kill them."""
+    """Give a group's other processes a moment to end with their leader, then kill them."""
     deadline = time.monotonic() + 1
     while processes.find_members(leader) and time.monotonic() < deadline:
         time.sleep(0.01)
