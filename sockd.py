@@ -6065,7 +6065,19 @@ def set_option(connection: socket.socket, option: SocketOption) -> None:
 
 
 SO_BUF_LOCK = 72  # asm-generic/socket.h, since Linux 5.14: which buffers have a fixed size
+MOST_WINDOW = 65535 << 14  # the largest there can be (RFC 7323 section 2.3)
 BUFFER_SIZES = ((socket.SOL_SOCKET, socket.SO_RCVBUF), (socket.SOL_SOCKET, socket.SO_SNDBUF))
+
+
+# so_sndbufforce and so_rcvbufforce (asm-generic/socket.h) cannot be asked for; these say what they set.
+SIZE_OF_FORCED = {32: socket.SO_SNDBUF, 33: socket.SO_RCVBUF}
+
+
+def option_key(option: SocketOption) -> tuple[int, int]:
+    """Return level and number of the option that says what this one sets."""
+    if option.level == socket.SOL_SOCKET:
+        return option.level, SIZE_OF_FORCED.get(option.number, option.number)
+    return option.level, option.number
 
 
 def value_to_restore(listener: socket.socket, level: int, number: int) -> bytes:
@@ -6075,6 +6087,8 @@ def value_to_restore(listener: socket.socket, level: int, number: int) -> bytes:
         return struct.pack("=i", struct.unpack("=i", value)[0] // 2)  # the kernel doubles what it is given
     if (level, number) == (socket.IPPROTO_TCP, socket.TCP_MAXSEG):
         return bytes(4)  # a listener without one says 536, which as a setting would be a limit
+    if (level, number) == (socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP) and not any(value):
+        return struct.pack("=i", MOST_WINDOW)  # a listener says 0 where there is none, and takes no 0
     return value
 
 
@@ -10989,14 +11003,14 @@ class Forwarding:
                 pass  # it has ended already
 
     def close(self) -> None:
-        """Give back everything."""
-        self.client_side.connection.close()
-        self.peer_side.connection.close()
+        """Give back everything; what others count first, as a close may take its time (so_linger)."""
         if self.budget is not None:
             self.budget.close()
         if self.meter is not None:
             self.meter.close()
         self.session.leave_place(self.place)
+        self.client_side.connection.close()
+        self.peer_side.connection.close()
 
 
 MOST_FORWARDED = 32  # peers of one BIND at a time: as many sessions as one of Dante's processes relays
@@ -11151,14 +11165,15 @@ class ExtendedBindRequest(BindRequest):
             connection.close()
             return
         try:
-            back = self.open_back()
-        except OSError as error:
-            fault = f"could not call the client back: {error.strerror}"
-            self.record_failure(decision.rule, peer, session.local, fault)
+            forwarding = Forwarding(self, decision.rule, self.open_back(), connection, peer, place)
+        except (OSError, MemoryError) as error:
             session.leave_place(place)
             connection.close()
+            why = error.strerror if isinstance(error, OSError) else "out of memory"
+            fault = f"could not call the client back: {why}"
+            self.record_failure(decision.rule, peer, session.local, fault)
             return
-        self.start(Forwarding(self, decision.rule, back, connection, peer, place))
+        self.start(forwarding)
 
     def open_back(self) -> socket.socket:
         """Return a socket for a call to the client, from where that has found us; OSError."""
@@ -11206,15 +11221,17 @@ class ExtendedBindRequest(BindRequest):
         with self.gate:
             if forwarding not in self.forwarded:
                 return
+            self.closing += 1  # first: one of the two says that there is something to wait for
             self.forwarded.remove(forwarding)
-            self.closing += 1
             self.sent += forwarding.client_side.sent
             self.received += forwarding.peer_side.sent
-        forwarding.close()
-        with self.gate:
-            self.closing -= 1
-            if self.ended >= 0:  # else the session has not waited for us
-                os.eventfd_write(self.ended, 1)
+        try:
+            forwarding.close()
+        finally:
+            with self.gate:
+                self.closing -= 1
+                if self.ended >= 0:  # else the session has not waited for us
+                    os.eventfd_write(self.ended, 1)
 
     def end_forwarding(self) -> None:
         """Cut what still goes on, and wait for its threads."""
@@ -13189,11 +13206,12 @@ def default_files(program: str) -> tuple[str, str]:
 def find_log_faults(config: Config) -> tuple[Complaint, ...]:
     """Return the complaint that there are more log targets than the mother can pass on in a reload."""
     names = [*config.logoutput, *config.errorlog]
-    order = encode_message(Order.LOGS, [name.encode("latin-1") for name in ["", *names[:MOST_LOG_TARGETS]]])
+    # Order.LOGS has them behind a head of two bytes, each with its length, and an empty one in between.
+    excess = 4 + sum(2 + len(name) for name in names) - MAX_MESSAGE_BYTES
     if len(names) > MOST_LOG_TARGETS:
         text = f"logoutput and errorlog name {len(names)} targets: at most {MOST_LOG_TARGETS} can be had"
-    elif len(order) > MAX_MESSAGE_BYTES:
-        text = f"the names in logoutput and errorlog are {len(order) - MAX_MESSAGE_BYTES} bytes too long"
+    elif excess > 0:
+        text = f"the names in logoutput and errorlog are {excess} bytes too long"
     else:
         return ()
     return (Complaint("error", text),)
@@ -13847,22 +13865,21 @@ class Mother:
         for option in self.config.socket_options:
             if option.side != "internal" or not LEVEL_FITS[option.level_name](listener):
                 continue
-            numbers = [option.number]
-            if (option.level, option.number) in BUFFER_SIZES:
+            level, number = option_key(option)
+            numbers = [number]
+            if (level, number) in BUFFER_SIZES:
                 numbers.insert(0, SO_BUF_LOCK)  # a buffer that has had a size does not grow any more
-            for number in numbers:
+            for part in numbers:
                 try:
-                    usual = value_to_restore(listener, option.level, number)
+                    usual = value_to_restore(listener, level, part)
                 except OSError:
                     continue  # it cannot be asked for
-                self.usual.setdefault((listener, option.level, number), usual)
+                self.usual.setdefault((listener, level, part), usual)
 
     def restore_listener_options(self) -> None:
         """Take back what an older configuration has set and this one does not; a fault is a warning."""
         self.usual = {key: value for key, value in self.usual.items() if key[0].fileno() >= 0}
-        kept = {
-            (o.level, o.number) for o in self.config.socket_options if o.side == "internal" and not o.mask
-        }
+        kept = {option_key(o) for o in self.config.socket_options if o.side == "internal" and not o.mask}
         # The last one first: some change others.
         for (listener, level, number), usual in reversed(self.usual.items()):
             if (level, number) in kept:
@@ -14179,7 +14196,10 @@ class Mother:
             raise ConfigError("cannot start the processes that serve")
 
     def take_back(self, generation: Generation, listeners: Listeners) -> None:
-        """End what there is of a generation that cannot be had, and go on with the one before."""
+        """End what there is of a generation that cannot be had, and go on with the one before.
+
+        Clients that its workers have taken meanwhile are lost.
+        """
         self.generations.remove(generation)
         self.due = [due for due in self.due if due[1] is not generation]
         for pid, child in tuple(self.children.items()):

@@ -25,6 +25,7 @@ from servers import (
     read_process,
 )
 from test_socket_options import (
+    FORCED,
     KEEPIDLE,
     MAXSEG,
     TCP_SETTINGS,
@@ -411,9 +412,17 @@ def test_processor_settings_that_a_reload_removes_are_undone(sockd: Factory) -> 
     server.take_baseline()
 
 
-def test_socket_options_that_a_reload_removes_are_undone(sockd: Factory) -> None:
-    usual = ("so_priority", "tcp_nodelay", "tcp_keepidle", "so_rcvbuf", "so_sndbuf", "tcp_linger2", "ip_ttl")
-    settings = tuple(s for s in TCP_SETTINGS if s.name.endswith(usual)) + MAXSEG
+REMOVED = {
+    "TCP": ("tcp_nodelay", "tcp_keepidle", "tcp_linger2", "tcp_window_clamp", "tcp_maxseg"),
+    "other": ("so_priority", "so_rcvbuf", "so_sndbuf", "ip_ttl"),
+    "forced": ("so_rcvbufforce", "so_sndbufforce"),
+}
+
+
+@pytest.mark.parametrize("kind", REMOVED)
+def test_socket_options_that_a_reload_removes_are_undone(sockd: Factory, kind: str) -> None:
+    settings = tuple(s for s in (*TCP_SETTINGS, *MAXSEG, *FORCED) if s.name.endswith(REMOVED[kind]))
+    assert len(settings) == len(REMOVED[kind])
 
     def look() -> dict[str, int | bytes]:
         with Client(server.addresses[0]) as client:
@@ -615,8 +624,9 @@ def test_sessions_outlive_the_reopening_of_many_logs(
 
 
 TOO_MANY = {
-    "targets": (254, 1, "logoutput and errorlog name 254 targets: at most 253 can be had"),
+    "targets": (253, 1, "logoutput and errorlog name 254 targets: at most 253 can be had"),
     "bytes": (40, 120, "the names in logoutput and errorlog are "),
+    "a name": (1, 70000, "the names in logoutput and errorlog are "),
 }
 
 
@@ -624,7 +634,8 @@ TOO_MANY = {
 def test_more_logs_than_can_be_passed_on_are_refused(tmp_path: Path, kind: str) -> None:
     count, length, text = TOO_MANY[kind]
     names = [f"/tmp/{'x' * length}{number}" for number in range(count)]
-    done = check_configuration(f"logoutput: {' '.join(names[1:])}\nerrorlog: {names[0]}\n{PLAIN}", tmp_path)
+    lines = f"logoutput: {' '.join(['stderr', *names[2:]])}\nerrorlog: {' '.join(names[:2])}"
+    done = check_configuration(f"{lines}\n{PLAIN}", tmp_path)
     assert done.returncode == 1
     assert text in done.stdout + done.stderr
 
