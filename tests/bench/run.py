@@ -58,6 +58,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="REGEX", help="only rows whose key matches")
     parser.add_argument("--list", action="store_true", help="list the rows and stop")
     parser.add_argument("--sockd-args", default="", metavar="ARGS", help='say "-N 4"')
+    parser.add_argument("--apart", action="store_true", help="each server is a group to the scheduler")
     parser.add_argument("--orderly", action="store_true", help="also the row with TIME_WAIT, slow")
     parser.add_argument("--prices", nargs="?", const=".", default="", metavar="REGEX")
     parser.add_argument("--linear", nargs="?", const=",".join(SERIES), default="", metavar="SERIES")
@@ -223,7 +224,8 @@ def measure(options: argparse.Namespace, folder: Path) -> report.Results:
     tasks, rows = choose_tasks(make_tasks(steps) + extra, options.only)
     names = [server.name for server in servers]
     results = report.Results(describe_machine(options), rows, names, notes=notes)
-    context = Context(folder, options.seconds, tuple(shlex.split(options.sockd_args)), steps)
+    sockd_args = tuple(shlex.split(options.sockd_args))
+    context = Context(folder, options.seconds, sockd_args, steps, options.apart)
     load.build(folder)
     for _ in range(0 if options.no_table else options.rounds):
         measure_round(results, tasks, servers, context)

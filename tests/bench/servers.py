@@ -49,6 +49,7 @@ class Setup:
     items: tuple[str, ...] = ()  # lines in the rule that all sessions match
     objects: tuple[str, ...] = ()  # lines behind the rules
     sockd_args: tuple[str, ...] = ()
+    is_apart: bool = False  # a session of its own, and so a group of its own to the scheduler
     environment: tuple[tuple[str, str], ...] = ()
 
 
@@ -252,7 +253,7 @@ class Running:
                 stdout=output,
                 stderr=output,
                 env={**os.environ, **dict(setup.environment)},
-                preexec_fn=os.setpgrp,  # no session of its own: see README.md, Scheduling
+                preexec_fn=os.setsid if setup.is_apart else os.setpgrp,
             )
         return self.ready_since(begin)
 

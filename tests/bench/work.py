@@ -57,10 +57,11 @@ class Context:
     seconds: float
     sockd_args: tuple[str, ...]
     idle_steps: tuple[int, ...]
+    is_apart: bool
 
     @property
     def setup(self) -> Setup:
-        return Setup(sockd_args=self.sockd_args)
+        return Setup(sockd_args=self.sockd_args, is_apart=self.is_apart)
 
 
 @dataclass(frozen=True)
