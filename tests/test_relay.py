@@ -268,7 +268,7 @@ def test_target_that_never_reads_bulk_does_not_outlive_its_client(server: Server
             while True:
                 client.sock.send(bytes(1 << 20))
         client.reset()
-        eventually(lambda: target.seen[0].end)
+        eventually(lambda: target.seen and target.seen[0].end)
 
 
 def test_live_bulk_ends_with_the_server(server: Server) -> None:
