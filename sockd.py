@@ -4213,6 +4213,11 @@ def decode_gssapi_level(data: Octets) -> tuple[bytes, int] | None:
     return decode_gssapi(data, GSSAPI_LEVEL)
 
 
+def name_protection(level: bytes) -> str:
+    """Return the word for the level that a token of RFC 1961 section 4.2 holds; "unknown" for any other."""
+    return PROTECTIONS[level[0]] if len(level) == 1 and level[0] < len(PROTECTIONS) else "unknown"
+
+
 def decode_upstream_token(data: Octets) -> tuple[bytes, int] | None:
     return decode_gssapi(data, GSSAPI_TOKEN, "proxy server")
 
@@ -6067,8 +6072,6 @@ def set_option(connection: socket.socket, option: SocketOption) -> None:
 SO_BUF_LOCK = 72  # asm-generic/socket.h, since Linux 5.14: which buffers have a fixed size
 MOST_WINDOW = 65535 << 14  # the largest there can be (RFC 7323 section 2.3)
 BUFFER_SIZES = ((socket.SOL_SOCKET, socket.SO_RCVBUF), (socket.SOL_SOCKET, socket.SO_SNDBUF))
-
-
 # so_sndbufforce and so_rcvbufforce (asm-generic/socket.h) cannot be asked for; these say what they set.
 SIZE_OF_FORCED = {32: socket.SO_SNDBUF, 33: socket.SO_RCVBUF}
 
@@ -9013,7 +9016,7 @@ def agree_on_protection(
     asked = encode_gssapi(GSSAPI_LEVEL, wish if settings.nec else context.wrap(wish, 0))
     token = stream.ask(asked, decode_upstream_level, deadline)
     answer = token if settings.nec else context.unwrap(token)[0]
-    chosen = PROTECTIONS[answer[0]] if len(answer) == 1 and answer[0] < len(PROTECTIONS) else "unknown"
+    chosen = name_protection(answer)
     if chosen not in allowed:
         raise LoginRefused(f"gssapi protection of proxy server is {chosen}, and not {' or '.join(allowed)}")
     return answer[0]
@@ -10013,7 +10016,7 @@ class Session:
         is_nec = settings.nec and len(token) == 1
         wish = token if is_nec else context.unwrap(token)[0]
         allowed = settings.enctypes or DEFAULT_PROTECTIONS
-        asked = PROTECTIONS[wish[0]] if len(wish) == 1 and wish[0] < len(PROTECTIONS) else "unknown"
+        asked = name_protection(wish)
         if asked not in allowed:
             offer = ", ".join(f"{word.replace('-', ' ')}/{int(word in allowed)}" for word in PROTECTIONS)
             raise ProtocolError(

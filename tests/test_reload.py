@@ -305,13 +305,19 @@ def test_new_rules_hold_from_the_end_of_the_reload_on(sockd: Factory) -> None:
     server.take_baseline()
 
 
-def test_reload_ends_when_the_old_worker_takes_no_more_clients(sockd: Factory, peer: StartPeer) -> None:
-    server = sockd(PLAIN)
+def reload_past_stopped_worker(server: Server) -> int:
+    """Begin a reload that the old worker, which is stopped, keeps from ending; give its pid."""
     (worker,) = find_workers(server)
     os.kill(worker, signal.SIGSTOP)
     server.config_path.write_text(f"timeout.negotiate: 77\n{server.config_path.read_text()}")
     server.signal(signal.SIGHUP)
     eventually(lambda: len(find_workers(server)) == 2)
+    return worker
+
+
+def test_reload_ends_when_the_old_worker_takes_no_more_clients(sockd: Factory, peer: StartPeer) -> None:
+    server = sockd(PLAIN)
+    worker = reload_past_stopped_worker(server)
     server.signal(signal.SIGHUP)
     assert "workers: 2" in report(server)  # the mother goes on with her other duties
     assert len(ends_of_reloads(server)) == 1
@@ -338,12 +344,7 @@ def test_worker_that_does_not_let_go_of_the_listeners_is_ended(sockd: Factory, p
 
 def test_worker_that_dies_in_a_reload_is_not_waited_for(sockd: Factory) -> None:
     server = sockd(PLAIN)
-    (worker,) = find_workers(server)
-    os.kill(worker, signal.SIGSTOP)
-    server.config_path.write_text(f"timeout.negotiate: 77\n{server.config_path.read_text()}")
-    server.signal(signal.SIGHUP)
-    eventually(lambda: len(find_workers(server)) == 2)
-    os.kill(worker, signal.SIGKILL)
+    os.kill(reload_past_stopped_worker(server), signal.SIGKILL)
     eventually(lambda: len(ends_of_reloads(server)) == 2)
     assert not [m for m in server.messages if "goes on taking clients" in m]
     server.take_baseline()
