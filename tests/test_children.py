@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import select
+import signal
 import socket
 import threading
 import time
@@ -89,7 +90,7 @@ def test_sessions_outlive_the_end_of_their_worker(
     target = peer("echo").address
     with Client(server.addresses[0]) as first:
         assert first.open5(CONNECT, *target).code == 0
-        eventually(lambda: sum(record.message.endswith(" running") for record in server.log) > 1)
+        eventually(lambda: len(find_workers(server)) > 1)
         eventually(lambda: count_listening(server) == 1)
         with Client(server.addresses[0]) as second, Client(server.addresses[0]) as third:
             assert second.open5(CONNECT, *target).code == 0
@@ -128,9 +129,8 @@ def test_a_worker_is_not_replaced_while_its_predecessor_is_still_busy(
         eventually(lambda: count_listening(server) == 1)
         for _ in range(5):
             serve_one(server, target)
-        workers = {record.pid for record in server.log if record.message.endswith(" running")}
-        assert len(workers) == 2
-    eventually(lambda: len({r.pid for r in server.log if r.message.endswith(" running")}) > 2)
+        assert len(find_workers(server)) == 2
+    eventually(lambda: len(find_workers(server)) > 2)
     server.take_baseline()
 
 
@@ -147,9 +147,14 @@ def test_a_worker_that_lies_about_being_tired_is_replaced_once(sockd: Factory) -
 # ------------------------------ cpu ------------------------------
 
 
+def find_workers(server: Server) -> list[int]:
+    """Give the workers that have ever started, the oldest first."""
+    return [record.pid for record in server.log if record.message.endswith(" running")]
+
+
 def find_kinds(server: Server) -> dict[str, list[int]]:
     """Give sockd's processes by kind: the worker says who it is, the helpers start before it."""
-    worker = next(record.pid for record in server.log if record.message.endswith(" running"))
+    worker = find_workers(server)[0]
     others = sorted(p.pid for p in server.processes() if p.pid not in (server.pid, worker))
     return {"mother": [server.pid], "resolver": others[:1], "warden": others[1:], "worker": [worker]}
 
@@ -164,8 +169,9 @@ def test_a_policy_is_for_one_kind_of_process(sockd: Factory, process: str, kind:
         for pid in pids:
             policy = os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK
             assert (policy == os.SCHED_IDLE) is (name == kind), name
-            expected = {0} if name == kind else os.sched_getaffinity(0)
-            assert os.sched_getaffinity(pid) == expected, name
+            allowed = {0} if name == kind else os.sched_getaffinity(0)
+            found = os.sched_getaffinity(pid)
+            assert len(found) == 1 and found <= allowed if name == "worker" else found == allowed, name
 
 
 def test_a_policy_and_a_mask_apply_to_those_who_relay(start: Factory, peer: Callable[..., Any]) -> None:
@@ -187,12 +193,31 @@ def test_a_priority_is_set(start: Factory, peer: Callable[..., Any]) -> None:
     assert os.sched_getparam(pid).sched_priority == 7
 
 
-def test_any_cpu_is_the_default(start: Factory, peer: Callable[..., Any]) -> None:
+def test_any_cpu_is_any(start: Factory, peer: Callable[..., Any]) -> None:
     server = start(configure("cpu.mask.io: any\ncpu.mask.mother: 0"))
     serve_one(server, peer("echo").address)
     (pid,) = list_servers_of(server)
     assert os.sched_getaffinity(pid) == os.sched_getaffinity(0)
     assert os.sched_getaffinity(server.pid) == {0}
+
+
+@pytest.mark.parametrize("mask", ["", "all"])
+def test_each_worker_keeps_to_one_cpu(sockd: Factory, mask: str) -> None:
+    usable = sorted(os.sched_getaffinity(0))
+    settings = f"cpu.mask.io: {' '.join(map(str, usable))}\n" if mask else ""
+    server = sockd(settings + configure(""), "-N", str(len(usable)))
+    workers = find_workers(server)
+    found = [cpu for pid in workers for cpu in os.sched_getaffinity(pid)]
+    assert sorted(found) == usable
+
+
+def test_the_cpu_is_kept_by_whoever_replaces_a_worker(sockd: Factory) -> None:
+    server = sockd(configure(""), "-N", "1")
+    (worker,) = find_workers(server)
+    before = os.sched_getaffinity(worker)
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: len(find_workers(server)) > 1)
+    assert os.sched_getaffinity(find_workers(server)[1]) == before
 
 
 # ------------------------------ a worker alone, where the system runs short ------------------------------
