@@ -3371,10 +3371,10 @@ def match_network(pattern: RuleAddress, addresses: tuple[Endpoint, ...]) -> tupl
     """Return those of the addresses that lie in an ipv4 or ipv6 pattern's network."""
     family, bits = (4, 32) if pattern.kind == "ipv4" else (6, 128)
     if pattern.prefix == 0:
-        return tuple(a for a in addresses if a.family == family)
+        return tuple([a for a in addresses if a.family == family])
     shift = bits - pattern.prefix
     network = pattern.network >> shift
-    return tuple(a for a in addresses if a.family == family and address_number(a) >> shift == network)
+    return tuple([a for a in addresses if a.family == family and address_number(a) >> shift == network])
 
 
 def match_domain_text(domain: str, name: str) -> bool:
@@ -6326,17 +6326,25 @@ class Attempt(NamedTuple):
     target: Endpoint
 
 
+def start_connect(connection: socket.socket, target: Endpoint) -> int:
+    """Begin to connect; return the errno of connect(2), EINPROGRESS as a rule.
+
+    Not by connect(), whose exception for that would cost more than the call.
+    """
+    try:
+        return connection.connect_ex(socket_address(target))
+    except OSError as error:  # of the scope of an address, which names no interface
+        return error.errno or errno.EINVAL
+
+
 def start_attempt(target: Endpoint, open_for: Callable[[Endpoint], socket.socket]) -> Attempt:
     """Begin to connect; `open_for(target)` gives the bound socket.  ConnectFailed at once, or Refused."""
     connection = open_for(target)
     try:
-        try:
-            connection.connect(socket_address(target))
-        except BlockingIOError:
-            pass
-        except OSError as error:
+        number = start_connect(connection, target)
+        if number not in (0, errno.EINPROGRESS):
             source = endpoint_of(connection.getsockname())
-            raise ConnectFailed(error, source, target, at_once=True) from None
+            raise ConnectFailed(OSError(number, os.strerror(number)), source, target, at_once=True)
         return Attempt(connection, target)
     except BaseException:
         connection.close()
@@ -8040,6 +8048,14 @@ class Side:
             pass
 
 
+def part_sides(client: Side, target: Side) -> None:
+    """Let two sides forget each other, at the end of a relay.
+
+    What holds itself in a circle would keep its memory until the garbage collector comes by.
+    """
+    del client.peer, target.peer
+
+
 def readable_bytes(connection: socket.socket) -> int:
     """Return how much waits to be read; of datagrams the length of the first."""
     count = bytearray(4)
@@ -8173,6 +8189,7 @@ class TcpRelay:
             self._count()
             self.client.leave_pipe()
             self.target.leave_pipe()
+            part_sides(self.client, self.target)
 
     def _run(self) -> str:
         for side in (self.client, self.target):
@@ -9768,6 +9785,7 @@ class Session:
 
     def close(self) -> None:
         """Close everything that was opened for the client."""
+        self.describe_io = None  # it holds the session in a circle, see part_sides
         for opened in self.opened:
             opened.close()
         if self.seal is not None:
@@ -9792,8 +9810,9 @@ class Session:
     def describe(self) -> str:
         """Return the session's state for SIGUSR1.  Called by the worker's main thread."""
         age = describe_count(self.record.seconds(), "second")
-        if self.describe_io is not None:
-            return f"{self.describe_io()}: age: {age}"
+        describe_io = self.describe_io  # the session's thread may take it away
+        if describe_io is not None:
+            return f"{describe_io()}: age: {age}"
         what = f" {self.request.command}" if self.request is not None else ""
         return f"{self.client} {self.local}: {self.phase}{what} for {age}"
 
@@ -12173,6 +12192,7 @@ class HttpConversation:
         reason = self.run_exchange(exchange)
         client.received -= len(self.stream.pending)
         self.settle(exchange, "internal" if reason.startswith("local client") else "external")
+        part_sides(client, target)
         session.describe_io = None
         sent, received = self.record.before
         self.record.before = sent + client.sent, received + client.received
