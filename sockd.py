@@ -51,6 +51,7 @@ from __future__ import annotations
 import _operator  # for its _compare_digest: hmac, which calls it so that all may, loads all of OpenSSL
 import _thread
 import binascii
+import bisect
 import ctypes
 import enum
 import errno
@@ -3495,48 +3496,71 @@ def choose_client_method(rule: Rule, lookup: Lookup) -> tuple[str, str] | None:
     return None
 
 
-class Sieve(NamedTuple):
-    """What of a rule can be tested in no time: see sieve_rules.
+ANY_SHIFT = 128  # shifts every address away
 
-    A family of 0 takes every address; else `number >> shift == network` must hold.
+
+def network_of(pattern: RuleAddress) -> tuple[int, int, int]:
+    """Return (family, shift, network) of a pattern: `number >> shift == network` for what may match it.
+
+    Family 0 is for names, which are to be looked at closely, and for what takes everything.
     """
-
-    rule: Rule
-    source_family: int
-    source_shift: int
-    source_network: int
-    target_family: int
-    target_shift: int
-    target_network: int
-
-
-def sieve_pattern(pattern: RuleAddress) -> tuple[int, int, int]:
-    """Return (family, shift, network) of a pattern; names let everything through, to be looked at closely."""
     if pattern.kind not in ("ipv4", "ipv6"):
-        return 0, 0, 0
+        return 0, ANY_SHIFT, 0
     family, bits = (4, 32) if pattern.kind == "ipv4" else (6, 128)
     return family, bits - pattern.prefix, pattern.network >> (bits - pattern.prefix)
 
 
-def sieve_rules(sieves: Sequence[Sieve], source: Endpoint, target: Endpoint | None) -> list[Rule]:
-    """Return the rules that may match two endpoints, in their order.
+Placed = tuple[int, Rule]  # a rule with its place among all
 
-    A thousand rules pass through here for each request, so this is one flat expression.
+
+def merge_placed(first: Sequence[Placed], second: Sequence[Placed]) -> list[Placed]:
+    """Return the rules of two lists by their places, of which no two are the same.
+
+    Not by list.sort(), which takes a page more of the stack of each session's thread.
     """
-    near_family, near = source.family, address_number(source)
-    if target is None or target.family == 0:
-        return [
-            rule
-            for rule, family, shift, network, _, _, _ in sieves
-            if not family or (family == near_family and near >> shift == network)
-        ]
-    far_family, far = target.family, address_number(target)
-    return [
-        rule
-        for rule, family, shift, network, to_family, to_shift, to_network in sieves
-        if (not to_family or (to_family == far_family and far >> to_shift == to_network))
-        and (not family or (family == near_family and near >> shift == network))
-    ]
+    merged = list(first)
+    for placed in second:
+        bisect.insort(merged, placed)
+    return merged
+
+
+class RuleIndex:
+    """Rules, found by the networks that they are about.  Never changes.
+
+    Rules whose networks are of the same family and size are a group, and one look into its table finds
+    those for an address.  So a request costs what there are groups, and not what there are rules.
+    """
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        # By family and shift of source and target, then by both networks.
+        groups: dict[tuple[int, int, int, int], dict[tuple[int, int], list[Placed]]] = {}
+        # By those of the source alone, for a target that is a name or not known yet.
+        sources: dict[tuple[int, int], dict[int, list[Placed]]] = {}
+        for placed in enumerate(rules):
+            family, shift, network = network_of(placed[1].source)
+            to_family, to_shift, to_network = network_of(placed[1].target)
+            group = groups.setdefault((family, shift, to_family, to_shift), {})
+            group.setdefault((network, to_network), []).append(placed)
+            sources.setdefault((family, shift), {}).setdefault(network, []).append(placed)
+        self.groups = [(*key, group) for key, group in groups.items()]
+        self.sources = [(*key, group) for key, group in sources.items()]
+
+    def find(self, source: Endpoint, target: Endpoint | None) -> Sequence[Placed]:
+        """Return the rules that may match two endpoints, in their order."""
+        found: Sequence[Placed] = ()
+        near_family, near = source.family, address_number(source)
+        if target is None or target.family == 0:
+            for family, shift, by_source in self.sources:
+                if not family or family == near_family:
+                    part = by_source.get(near >> shift, ())
+                    found = merge_placed(found, part) if found and part else found or part
+            return found
+        far_family, far = target.family, address_number(target)
+        for family, shift, to_family, to_shift, group in self.groups:
+            if (not to_family or to_family == far_family) and (not family or family == near_family):
+                part = group.get((near >> shift, far >> to_shift), ())
+                found = merge_placed(found, part) if found and part else found or part
+        return found
 
 
 # What can be known of a name that is not resolved here: nothing that these compare.
@@ -3619,8 +3643,8 @@ class Policy:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.client_sieves = tuple(self._sieve(rule) for rule in config.client_rules)
-        self.socks_sieves = tuple(self._sieve(rule) for rule in config.socks_rules)
+        self.client_rules = RuleIndex(config.client_rules)
+        self.socks_rules = RuleIndex(config.socks_rules)
         self.speaks_http = any(
             rule.verdict == "pass" and "http" in rule.proxyprotocols for rule in config.socks_rules
         )
@@ -3632,9 +3656,6 @@ class Policy:
         self.checks_replies = "checkreplyauth" in config.srchost
         self.paths = expand_routes(config.routes)
 
-    def _sieve(self, rule: Rule) -> Sieve:
-        return Sieve(rule, *sieve_pattern(rule.source), *sieve_pattern(rule.target))
-
     def client_decision(self, facts: Facts, lookup: Lookup) -> tuple[Decision, Identity]:
         """Judge a new connection by the client-rules; facts.target is the address it came in on.
 
@@ -3642,7 +3663,7 @@ class Policy:
         """
         if self.fake:
             lookup = NamelessLookup(lookup)
-        for rule in sieve_rules(self.client_sieves, facts.source, facts.target):
+        for _, rule in self.client_rules.find(facts.source, facts.target):
             if (
                 match_address(rule.source, facts.source, (), lookup) is None
                 or match_target(rule, facts, lookup) is None
@@ -3662,7 +3683,7 @@ class Policy:
         judged = facts
         if self.fake:
             judged, lookup = facts._replace(addresses=()), NamelessLookup(lookup)
-        for rule in sieve_rules(self.socks_sieves, facts.source, facts.target):
+        for _, rule in self.socks_rules.find(facts.source, facts.target):
             addresses, reason = self._match_request(rule, judged, facts, lookup)
             if addresses is None:
                 continue
@@ -3705,7 +3726,7 @@ class Policy:
         judged = facts
         if self.fake:
             judged, lookup = facts._replace(addresses=()), NamelessLookup(lookup)
-        for rule in sieve_rules(self.socks_sieves, facts.source, facts.target):
+        for _, rule in self.socks_rules.find(facts.source, facts.target):
             by_password = any(2 in METHOD_BYTES.get(method, ()) for method in rule.socksmethods)
             if not by_password or self._match_request(rule, judged, facts, lookup)[0] is None:
                 continue
