@@ -10,17 +10,20 @@ import contextlib
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import count_garbage
 import pytest
-from client import CONNECT, Client
+from client import CONNECT, Address, Client
 from more_peers import (
     EVERYTHING,
     measure_idleness,
@@ -33,8 +36,8 @@ from more_peers import (
     target_that,
     wait_for_line,
 )
-from peers import Behaviour, Seen
-from servers import Server, World, eventually
+from peers import Behaviour, Seen, echo
+from servers import Server, Sockd, World, eventually
 
 BULK_BYTES = 16 << 20  # much more than all buffers on the way
 LOGGED = "127.0.0.14"  # a target whose bytes a rule wants in the log
@@ -319,3 +322,57 @@ def test_relay_copies_where_the_kernel_refuses(server: Server, call: str, tmp_pa
     finally:
         strace.send_signal(signal.SIGINT)
         strace.communicate()
+
+
+# ------------------------------ memory ------------------------------
+
+
+class CountingSockd(Sockd):
+    """The program, whose workers count what the garbage collector finds."""
+
+    def command(self) -> list[str]:
+        """Give the command that runs it."""
+        return [sys.executable, count_garbage.__file__]
+
+
+def open_tunnel(client: Client, target: Address) -> None:
+    """Have an HTTP proxy connect to a target."""
+    client.send(f"CONNECT {target[0]}:{target[1]} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert client.receive(12) == b"HTTP/1.1 200"
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += client.receive(1)
+
+
+def ask_for_garbage(server: Server) -> list[tuple[int, int]]:
+    """Have the worker count; give all its counts so far, each of garbage and of sessions."""
+    line = r"info: (\d+) objects of garbage, (\d+) sessions"
+
+    def find() -> list[tuple[int, int]]:
+        found = (re.fullmatch(line, message) for message in server.messages)
+        return [(int(match[1]), int(match[2])) for match in found if match]
+
+    before = len(find())
+    server.signal(signal.SIGUSR1)
+    return eventually(lambda: found if len(found := find()) > before else [])
+
+
+@pytest.mark.parametrize("language", ["socks", "http"])
+def test_a_session_leaves_nothing_to_the_garbage_collector(
+    private_world: World, tmp_path: Path, language: str
+) -> None:
+    """Or its memory would come back later, and the next session would have to take other."""
+    config = EVERYTHING + rule("socks pass", "from: 0/0 to: 0/0", "proxyprotocol: http")
+    running = CountingSockd(config, tmp_path, (), private_world)
+    with contextlib.closing(running) as server, target_that(echo) as target:
+        ask_for_garbage(server)  # what the start has left
+        for _ in range(3):
+            with Client(server.addresses[0]) as client:
+                if language == "http":
+                    open_tunnel(client, target.address)
+                else:
+                    assert client.open5(CONNECT, *target.address).code == 0
+                client.send(b"x" * 100)
+                assert client.receive(100) == b"x" * 100
+            eventually(lambda: ask_for_garbage(server)[-1][1] == 0)
+        assert sum(garbage for garbage, _ in ask_for_garbage(server)[1:]) == 0
