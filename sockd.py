@@ -3518,8 +3518,9 @@ def merge_placed(first: Sequence[Placed], second: Sequence[Placed]) -> list[Plac
 
     Not by list.sort(), which takes a page more of the stack of each session's thread.
     """
-    merged = list(first)
-    for placed in second:
+    few, many = (first, second) if len(first) < len(second) else (second, first)
+    merged = list(many)
+    for placed in few:
         bisect.insort(merged, placed)
     return merged
 

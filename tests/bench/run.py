@@ -35,7 +35,7 @@ from work import (
     Values,
     applies,
     make_tasks,
-    orderly_task,
+    orderly_tasks,
 )
 
 DESCRIPTORS_WANTED = 65536
@@ -59,7 +59,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the rows and stop")
     parser.add_argument("--sockd-args", default="", metavar="ARGS", help='say "-N 4"')
     parser.add_argument("--apart", action="store_true", help="each server is a group to the scheduler")
-    parser.add_argument("--orderly", action="store_true", help="also the row with TIME_WAIT, slow")
+    parser.add_argument("--orderly", action="store_true", help="also rows with TIME_WAIT, slow")
     parser.add_argument("--prices", nargs="?", const=".", default="", metavar="REGEX")
     parser.add_argument("--linear", nargs="?", const=",".join(SERIES), default="", metavar="SERIES")
     parser.add_argument("--churn", type=float, default=0.0, metavar="SECONDS")
@@ -220,7 +220,7 @@ def measure(options: argparse.Namespace, folder: Path) -> report.Results:
     notes: list[str] = []
     servers = choose_servers(options.servers, notes)
     steps = QUICK_IDLE_STEPS if options.quick else IDLE_STEPS
-    extra = [orderly_task(32)] if options.orderly else []
+    extra = orderly_tasks() if options.orderly else []
     tasks, rows = choose_tasks(make_tasks(steps) + extra, options.only)
     names = [server.name for server in servers]
     results = report.Results(describe_machine(options), rows, names, notes=notes)
@@ -255,7 +255,7 @@ def write_results(results: report.Results, folder: Path) -> None:
 
 
 def list_rows() -> None:
-    for task in [*make_tasks(IDLE_STEPS), orderly_task(32)]:
+    for task in [*make_tasks(IDLE_STEPS), *orderly_tasks()]:
         for row in task.rows:
             print(f"{row.key:14} {row.title}")
 

@@ -125,7 +125,7 @@ def hops_task(sessions: int, goal: float) -> Task:
     return Task(rows, run)
 
 
-def orderly_task(sessions: int) -> Task:
+def orderly_task(sessions: int, goal: float) -> Task:
     """Return the task that counts new sessions when targets close in order, as real ones do."""
     key = f"orderly.{sessions}"
 
@@ -136,7 +136,12 @@ def orderly_task(sessions: int) -> Task:
         return {key: result["per_second"], f"{key}.errors": result["errors"]}
 
     title = f"new sessions/s, {sessions} at a time, TIME_WAIT left, {ORDERLY_SECONDS:g} s"
-    return Task((Row(key, title, "/s"),), run, sessions=True)
+    return Task((Row(key, title, "/s", goal=Goal(ratio=goal, batch_ratio=1.3)),), run, sessions=True)
+
+
+def orderly_tasks() -> list[Task]:
+    """Return the rows of --orderly: the goals were set by figures that were taken like this."""
+    return [orderly_task(1, goal=1.6), orderly_task(32, goal=5.0), orderly_task(256, goal=8.0)]
 
 
 def bulk_task(streams: int) -> Task:
