@@ -7589,8 +7589,10 @@ class Counts:
 
         As Dante: the rate is looked at before the number, and all clients before the one.
         """
-        limits, now = rule.session, time.monotonic_ns()
+        limits = rule.session
         with self.lock:
+            # Not before: who has waited would seem to come before the throttle's time, and begin it anew.
+            now = time.monotonic_ns()
             gauges = [self.gauges[rule.kind, rule.number]]
             self._check(gauges[0], limits.max, limits.throttle, "", now)
             if limits.state_key:

@@ -399,6 +399,23 @@ def test_limits_tell_the_families_apart() -> None:
         counts.take(limited, program.Endpoint("::1", 2, 6))
 
 
+def test_limits_of_a_rate_are_not_begun_anew_by_who_waits_for_the_lock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another worker lets the last client in that the rate allows, after this one has come."""
+    counts, limited = make_counts("session.throttle: 2/1000")
+    counts.take(limited, program.Endpoint("127.0.0.1", 1, 4))
+
+    class Contended(program.SharedLock):
+        def __enter__(self) -> None:
+            counts.words[0], counts.words[1] = time.monotonic_ns(), 2
+            super().__enter__()
+
+    monkeypatch.setattr(counts, "lock", Contended())
+    with pytest.raises(program.Refused, match="session rate limit"):
+        counts.take(limited, program.Endpoint("127.0.0.1", 2, 4))
+
+
 @pytest.mark.parametrize("junk", [b"\xff", b"\x7f", b"\x80", b"\x01"])
 def test_limits_bear_memory_that_a_hijacked_worker_wrote(junk: bytes) -> None:
     counts, limited = make_counts(
