@@ -117,7 +117,11 @@ def write_pam_services(world: World, folder: Path, by_host: str = "") -> World:
     permit = "account required pam_permit.so"
     texts = {
         "sockd": ["auth required pam_unix.so nodelay", "account required pam_unix.so"],
-        "slow": ["auth required pam_unix.so", "account required pam_unix.so"],
+        "slow": [
+            "auth optional pam_faildelay.so delay=4000000",
+            "auth required pam_unix.so",
+            "account required pam_unix.so",
+        ],
         "other": ["auth required pam_deny.so", "account required pam_deny.so"],
         "permit": ["auth required pam_permit.so", permit],
         "deny": ["auth required pam_deny.so", permit],

@@ -136,7 +136,10 @@ class Machine:
 
     def _is_booted(self) -> bool:
         state = self.run("systemctl", "is-system-running", check=False).stdout.strip()
-        return state in ("running", "degraded")
+        # To systemd danted has started before it reads its file, which is to be the one without addresses
+        # that Debian gives it, and not what a test writes there as soon as it may.
+        danted = self.run("systemctl", "is-active", "danted", check=False).stdout.strip()
+        return state in ("running", "degraded") and danted == "failed"
 
     def close(self) -> None:
         """End the machine: its first process takes all others along, and then systemd-nspawn ends."""

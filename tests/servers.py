@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import random
 import re
 import shutil
 import signal
@@ -161,6 +162,16 @@ def count_descriptors(pid: int) -> int:
         return len(os.listdir(f"/proc/{pid}/fd"))
     except OSError:
         return 0
+
+
+def read_links(pid: int) -> set[str]:
+    """Give what the descriptors of a process stand for; nothing when it is gone."""
+    links = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                links.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return links
 
 
 def count_threads(pid: int) -> int:
@@ -440,7 +451,9 @@ class Server:
     def stop(self) -> int:
         """Send SIGTERM and give the exit status of the main process."""
         if self._popen.poll() is None:
-            self.signal(signal.SIGTERM)
+            # The executable's boot process outlives a mother that has ended by a moment.
+            with contextlib.suppress(ProcessLookupError):
+                self.signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._popen.wait(WITHIN)
         elif self.pid != self._popen.pid and read_process(self.pid):
@@ -528,7 +541,29 @@ class Sockd(Server):
 
     def usual(self, options: tuple[str, ...]) -> tuple[str, ...]:
         """Run one worker where a test says nothing: processes are then countable on every machine."""
+        self._workers = int(options[options.index("-N") + 1]) if "-N" in options else 1
         return options if "-N" in options else ("-N", "1", *options)
+
+    def take_baseline(self) -> None:
+        """Take it when nobody is at its start any more, where descriptors are closed and opened."""
+        eventually(self.has_begun)
+        super().take_baseline()
+
+    def has_begun(self) -> bool:
+        """Tell whether all workers serve: a process that has just been forked holds the listeners as well.
+
+        With one thread; and else the mother only has them so.
+        """
+        if os.geteuid() != 0:
+            return True
+        with contextlib.suppress(OSError):
+            tables = (Path(f"/proc/{self.pid}/net/{name}").read_text() for name in ("tcp", "tcp6"))
+            rows = [line.split() for table in tables for line in table.splitlines()[1:]]
+            listeners = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A"}
+            holders = [process.pid for process in self.processes() if listeners & read_links(process.pid)]
+            threads = [count_threads(pid) for pid in holders]
+            return threads.count(1) == 1 and len(threads) > self._workers
+        return True
 
 
 class Danted(Server):
@@ -564,11 +599,12 @@ class Danted(Server):
 
 
 def find_free_port() -> int:
-    """Give a port that nobody uses at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Give a port that nobody uses, and that the kernel gives to nobody meanwhile: it takes those above."""
+    while True:
+        port = random.randrange(10_000, 20_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def add_logoutput(config: str) -> str:

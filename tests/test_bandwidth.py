@@ -137,16 +137,19 @@ def test_bandwidth_is_shared_by_all_sessions_in_both_directions(
     running = traffic(limited(rate), "-N", workers)
     for direction in directions:
         running.add(direction)
-    moved, seconds = running.measure(1.2)
+    time.sleep(1.2)
+    # The kernel may hold the last of it, and this machine may have had other things to do: a stall is made
+    # up for by and by.
+    eventually(lambda: sum(running.moved.values()) >= rate * (time.monotonic() - running.began) * 0.5)
+    moved, seconds = running.measure(0)
     assert moved <= rate * (seconds + SLACK_SECONDS)
-    # The kernel may hold the last of it, and this machine may have had other things to do.
-    assert moved >= rate * seconds * 0.5
 
 
 def test_bandwidth_is_the_same_for_each_session(traffic: Callable[..., Traffic]) -> None:
     running = traffic(limited(400_000), "-N", "4")
     for direction in ["up", "down"] * 3:
         running.add(direction)
+    running.moved.clear()  # those who came first were alone for a while
     running.measure(2.0)
     shares = list(running.moved.values())
     assert len(shares) == 6
@@ -214,8 +217,8 @@ def test_bandwidth_of_a_side_that_is_closed_both_ways_is_kept_without_spinning(
         target, _ = listener.accept()
         with target:
             assert target.recv(1) == b""
+            began = time.monotonic()
             target.sendall(bytes(100_000))
-        began = time.monotonic()
         client.receive(4000)
         assert measure_idleness(server) < 0.3
         assert len(client.receive_all()) == 96_000

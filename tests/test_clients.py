@@ -241,7 +241,7 @@ def test_dig_asks_through_an_association(
             result = run(server, fetch, forwarder=forwarder.port)
         assert result.stdout.decode().strip() == ANSWER
         assert len(dns.seen) == 1
-    assert any("udp/udpreply -" in message for message in server.messages)
+    eventually(lambda: any("udp/udpreply -" in message for message in server.messages))
 
 
 UDP_FETCHES = (

@@ -444,7 +444,9 @@ def test_hostile_upstream_is_refused(sockd: Factory, realm: Realm, name: str) ->
     act, reason = HOSTILE[name]
     with contextlib.closing(TcpPeer(Upstream(realm, act).behave)) as proxy:
         text = by_ticket(proxy.port, gssapi_enctype="confidentiality")
-        server = sockd(text.replace("clientmethod", "timeout.connect: 2\nclientmethod"))
+        if name == "cut-reply":
+            text = text.replace("clientmethod", "timeout.connect: 2\nclientmethod")
+        server = sockd(text)
         if name == "cut-reply":
             with Client(server.addresses[0]) as client:
                 assert client.open5(CONNECT, "192.0.2.80", 80).code != 0
@@ -481,7 +483,9 @@ TOKENS = {
 def test_upstream_that_cannot_prove_who_it_is_is_refused(sockd: Factory, realm: Realm, name: str) -> None:
     answer, reason = TOKENS[name]
     with contextlib.closing(TcpPeer(answer_token(answer))) as proxy:
-        text = by_ticket(proxy.port).replace("clientmethod", "timeout.connect: 2\nclientmethod")
+        text = by_ticket(proxy.port)
+        if reason.endswith("in time"):
+            text = text.replace("clientmethod", "timeout.connect: 2\nclientmethod")
         server = sockd(text)
         with Client(server.addresses[0]) as client:
             assert client.open5(CONNECT, "192.0.2.80", 80).code != 0

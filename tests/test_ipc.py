@@ -30,7 +30,7 @@ from client import (
     request4,
     request5,
 )
-from more_peers import CLIENT_PASS, HEAD, hash_with, measure_idleness, rule
+from more_peers import CLIENT_PASS, HEAD, hash_with, measure_idleness, rule, wait_for_workers
 from peers import TcpPeer, UdpPeer
 from servers import Server, Sockd, World, eventually, find_free_port, read_process
 
@@ -171,7 +171,8 @@ def test_worker_that_spoils_the_channel_holds_up_nobody(
     port = find_free_port()  # one that the kernel has chosen goes with the listening
     server = BadSockd(BAD_CONFIG.replace("port = 0", f"port = {port}"), tmp_path, ("-N", "2"), private_world)
     server.addresses = [("127.0.0.1", port)]
-    eventually(lambda: len(find_children(server)) == 4)
+    wait_for_workers(server, 2)  # or one is ended before it has said that it runs
+    assert len(find_children(server)) == 4
     try:
         attack(server, name)
         if name.startswith("ends the"):

@@ -296,7 +296,8 @@ def test_limits_forget_what_a_killed_worker_held(gather: Gather) -> None:
     items = ("session.max: 8", "session.state.key: from", "session.state.max: 8")
     crowd = gather(socks_rule(*items), "-N", "4")
     assert come_together(crowd, 12).count(IN) == 8
-    victims = worker_pids(crowd.server)
+    holders = [record.pid for record in crowd.server.log if "tcp/connect [" in record.message]
+    victims = sorted(worker_pids(crowd.server), key=holders.count, reverse=True)
     for pid in victims[:2]:
         os.kill(pid, signal.SIGKILL)
     eventually(lambda: len(set(worker_pids(crowd.server)) - set(victims)) == 2)

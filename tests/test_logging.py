@@ -254,8 +254,8 @@ def test_log_file_that_is_gone_for_good_keeps_the_server_alive(
     visit(server, peer)
     folder.mkdir()
     server.reload()
-    visit(server, peer)
-    eventually(lambda: "tcp/accept ]" in read(folder / "log"))
+    # In the first moment a client may still meet a worker that has not got the new file yet.
+    eventually(lambda: visit(server, peer) and "tcp/accept ]" in read(folder / "log"))
     server.take_baseline()
 
 
@@ -376,8 +376,7 @@ def test_syslog_that_was_restarted_is_found_at_reload(
     visit(server, peer)
     with contextlib.closing(Syslog(syslog.path.parent)) as new:
         server.reload()
-        port = visit(server, peer)
-        eventually(lambda: any(f"127.0.0.1.{port}" in m and "tcp/connect ]" in m for m in new.messages))
+        eventually(lambda: visit(server, peer) and any("tcp/connect ]" in m for m in new.messages))
     server.take_baseline()
 
 
@@ -476,7 +475,7 @@ def test_log_words_give_exactly_their_records(
         ]
 
     with contextlib.suppress(AssertionError):
-        eventually(lambda: not differences(), 3)
+        eventually(lambda: not differences())
     assert not differences()
 
 

@@ -22,7 +22,7 @@ from servers import WITHIN, Server, World, eventually, find_library, read_proces
 pytestmark = pytest.mark.root
 StartPeer = Callable[..., Any]
 
-SECRET = "sEcReT"
+SECRET = "sEcReT-login"  # not that of other tests, which run at the same time
 REFUSED = 1
 
 

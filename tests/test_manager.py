@@ -102,6 +102,9 @@ class StartingSockd(Sockd):
     def _wait_until_ready(self, is_daemon: bool) -> None:
         pass
 
+    def take_baseline(self) -> None:
+        pass
+
 
 def test_server_that_does_not_start_is_never_ready(manager: FakeManager, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:

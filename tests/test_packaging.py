@@ -794,6 +794,8 @@ def test_logrotate_moves_the_log_and_the_server_goes_on_in_a_new_one(machine: St
     old = "/var/log/sockd.log.1"
     eventually(lambda: "config reloaded" in system.read("/var/log/sockd.log"))
     assert oct((system.root / "var/log/sockd.log").stat().st_mode & 0o777) == oct(0o640)
+    # In the first moment a client may still meet a worker that has not got the new file yet.
+    eventually(lambda: serves(system) and "tcp/connect [" in system.read("/var/log/sockd.log"))
     size = len(system.read(old))
     assert size > 0
     assert serves(system)

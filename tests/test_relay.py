@@ -170,6 +170,7 @@ def test_slow_writer_after_bulk_costs_no_time(server: Server) -> None:
 
     with bulk_under_way(server, give) as (_, client):
         assert receive_much(client, BULK_BYTES) == pattern(BULK_BYTES)
+        eventually(lambda: measure_idleness(server, 0.1) == 0)
         assert measure_idleness(server) < 0.05
         resume.set()
         assert client.receive(3) == b"end"
@@ -190,7 +191,8 @@ def test_half_close_in_bulk_passes_what_the_other_side_still_sends(server: Serve
     with bulk_under_way(server, give) as (target, client):
         eventually(spliced)
         assert client.receive_all() == pattern(BULK_BYTES)
-        assert finish.is_set()
+        assert finish.wait(10)
+        eventually(lambda: measure_idleness(server, 0.1) == 0)
         assert measure_idleness(server) < 0.05  # half-closed, and nobody says anything
         client.send(b"last words")
         client.finish_sending()
@@ -301,7 +303,7 @@ def test_relay_copies_where_the_kernel_refuses(server: Server, call: str, tmp_pa
     """strace lets the worker's system calls fail."""
     tracer = shutil.which("strace")
     assert tracer is not None
-    worker = max(server.processes(), key=lambda process: process.pid)
+    worker = next(record for record in server.log if record.message.endswith(" running"))
     condition = f"--inject={call}"
     name = call.partition(":")[0]
     trace = tmp_path / "trace"

@@ -408,6 +408,7 @@ def test_processor_settings_that_a_reload_removes_are_undone(sockd: Factory) -> 
     assert os.sched_getaffinity(server.pid) == {0}
     server.reload(PLAIN)
     eventually(lambda: len(find_workers(server)) > 1)
+    eventually(lambda: all(is_undone(pid) for pid in find_children(server.pid)))
     used: dict[bool, set[int]] = {}  # by whether it is a worker
     for pid in (server.pid, *find_children(server.pid)):
         with contextlib.suppress(ProcessLookupError):  # an old one, in the meantime
@@ -416,6 +417,13 @@ def test_processor_settings_that_a_reload_removes_are_undone(sockd: Factory) -> 
     assert used[False] == os.sched_getaffinity(0)
     assert len(used[True]) == 1  # a worker keeps to one, whichever it is
     server.take_baseline()
+
+
+def is_undone(pid: int) -> bool:
+    """Tell whether a process has the policy of the test's that started the server; one that is gone has."""
+    with contextlib.suppress(ProcessLookupError):
+        return os.sched_getscheduler(pid) == os.SCHED_BATCH
+    return True
 
 
 REMOVED = {

@@ -153,7 +153,7 @@ def test_upstream_that_refuses_is_passed_on(chaining: Factory) -> None:
 def test_dead_upstream_is_avoided_until_its_time_is_over(chaining: Factory, peer: StartPeer) -> None:
     dead = peer("refuser")
     server = chaining(
-        HEAD + "route.badexpire: 1\n" + PASS + route(dead.address, proxyprotocol="socks_v5"), "-N", "1"
+        HEAD + "route.badexpire: 5\n" + PASS + route(dead.address, proxyprotocol="socks_v5"), "-N", "1"
     )
     assert fetch(server, *TARGET) == REFUSED
     assert wait_for_record(server, "blacklisting route #1", "connect(2) to")
