@@ -76,7 +76,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, MutableMapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -4989,7 +4989,9 @@ class LogTarget:
             self.descriptor = self.syslog.fileno()
         else:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
-            self.descriptor = os.open(name.encode("latin-1"), flags, LOG_FILE_MODE)
+            # O_NONBLOCK for the open(2) only: that of a FIFO would wait until somebody reads there.
+            self.descriptor = os.open(name.encode("latin-1"), flags | os.O_NONBLOCK, LOG_FILE_MODE)
+            os.set_blocking(self.descriptor, True)
 
     @classmethod
     def adopted(cls, name: str, descriptor: int) -> LogTarget:
@@ -5222,6 +5224,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PR_SET_KEEPCAPS = 8  # linux/prctl.h
 CAP_DAC_READ_SEARCH, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN = 2, 10, 12  # linux/capability.h
 CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
 M_ARENA_MAX = -8  # malloc.h
@@ -5821,7 +5824,10 @@ def obey_libwrap(daemon: bytes, connection: int, line: bytes) -> bool:
 
 
 def check_libwrap(line: bytes) -> bool:
-    """Tell whether libwrap finds no mistake in a line of hosts_options(5); nothing is carried out."""
+    """Tell whether libwrap finds no mistake in a line of hosts_options(5).
+
+    Nothing is carried out but `setenv` and `umask`, which libwrap does all the same: for a child.
+    """
     dry_run = ctypes.c_int.in_dll(load_libwrap(), "dry_run")
     dry_run.value = 1
     try:
@@ -6010,8 +6016,11 @@ def endpoint_of(address: tuple) -> Endpoint:  # type: ignore[type-arg]  # what s
 
 
 def socket_address(endpoint: Endpoint) -> tuple:  # type: ignore[type-arg]
-    """Return an Endpoint as the socket module wants it, with no name look-up to come."""
-    if endpoint.family == 4:
+    """Return an Endpoint as the socket module wants it, with no name look-up to come.
+
+    A name stays as it is: an upstream is to be asked for what the rules have judged, whatever is in it.
+    """
+    if endpoint.family != 6:
         return endpoint.host, endpoint.port
     host, _, scope = endpoint.host.partition("%")
     return host, endpoint.port, 0, socket.if_nametoindex(scope) if scope else 0
@@ -6475,6 +6484,7 @@ MAX_MESSAGE_BYTES = 4096  # the largest is a password check: two times 255 bytes
 MAX_TOKEN_MESSAGE_BYTES = GSSAPI_MAX + 4096  # but for those with a token of GSS-API
 MAX_FIELDS = 255
 VERIFY_SECONDS = 60  # a PAM module that takes longer is ended
+MOST_GUESSED = 65536  # descriptors looked at where there is no /proc to list them
 IMPATIENT_SECONDS = 0.1
 
 
@@ -6583,6 +6593,8 @@ def drop_privileges(account: Account | None, root: str) -> None:
         os.setresuid(account.uid, account.uid, account.uid)
         if account.uid != 0:
             check_powerless()
+    if os.geteuid() != 0 and held_capabilities():
+        set_capabilities(0)  # ambient ones, lent to a user who is not root (systemd.exec(5))
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
@@ -6776,7 +6788,9 @@ class Dialogue:
         """Return an answer and the descriptors with it; DeadlinePassed, HelperFailed."""
         self.ours.settimeout(seconds)
         try:
-            data, descriptors, _, _ = socket.recv_fds(self.ours, MAX_TOKEN_MESSAGE_BYTES, 1)
+            data, descriptors, _, _ = socket.recv_fds(
+                self.ours, MAX_TOKEN_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+            )
         except TimeoutError:
             raise HelperLate(f"no answer to {self.purpose} within {seconds:.0f} seconds") from None
         except OSError as error:
@@ -6959,32 +6973,64 @@ def make_inbox() -> tuple[socket.socket, socket.socket]:
     return read_end, write_end
 
 
-def keep_only(kept: int) -> None:
-    """Close every descriptor but the standard ones and this.
+def close_inbox(inbox: tuple[socket.socket, socket.socket]) -> None:
+    """Close both ends of an inbox, and what still lies in it."""
+    with Impatience():
+        for end in inbox:
+            end.close()
 
-    Whoever reads an enemy's bytes is not to hold the inbox, where passwords come in.
+
+def keep_only(kept: Container[int]) -> None:
+    """Close every descriptor but the standard ones and these.
+
+    Nobody is to hold what is none of his business, least of all who reads an enemy's bytes.
     """
-    os.closerange(3, kept)
-    os.closerange(kept + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    try:
+        opened: Iterable[int] = map(int, os.listdir("/proc/self/fd"))
+    except OSError:
+        opened = range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], MOST_GUESSED))
+    for descriptor in opened:
+        if descriptor > 2 and descriptor not in kept:
+            os.closerange(descriptor, descriptor + 1)  # the one that listed them has gone already
+
+
+def is_traced(pid: int, status: int) -> bool:
+    """Tell whether waitpid(2) gives a child that has not ended, and end that.
+
+    Nobody here stops to be watched: it has made us its tracer (ptrace(2)) to lead us by the nose.
+    """
+    if not os.WIFSTOPPED(status):
+        return False
+    os.kill(pid, signal.SIGKILL)  # which a thread's number does for its process, too
+    return True
+
+
+SAID_NO = 1  # the exit status of a check that came to its end
 
 
 def fork_verifier(body: Callable[[], bool]) -> int:
-    """Fork a child that runs a password check and ends, at the latest after VERIFY_SECONDS.
+    """Fork a child that runs a check and ends, at the latest after VERIFY_SECONDS.
 
-    Return its pid; its exit status will be 0 if the check said yes.
+    Return its pid; its exit status will be 0 if the check said yes, and SAID_NO if it said no.
     """
     pid = os.fork()
     if pid:
         return pid
-    status = 1
+    status = SAID_NO + 1
     try:
         for number in (signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.alarm(VERIFY_SECONDS)
-        status = 0 if body() else 1
+        status = 0 if body() else SAID_NO
     finally:
         os._exit(status)
+
+
+def is_said_in_child(check: Callable[[], bool]) -> bool:
+    """Tell what a check says, without what else it does to its process; OSError."""
+    _, status = os.waitpid(fork_verifier(check), 0)
+    return status == 0
 
 
 # ============================== 11. Authentication ==============================
@@ -6997,6 +7043,8 @@ PASSWD_FILE = "/etc/passwd"
 SECONDS_PER_DAY = 86400
 MOST_KEYTAB_BYTES = 1 << 20  # some thousand keys
 PAM_TTY, PAM_RHOST, PAM_RUSER, PAM_XDISPLAY = 3, 4, 8, 11  # security/_pam_types.h
+# PAM_OPEN_ERR, _SYMBOL_ERR, _SERVICE_ERR, _SYSTEM_ERR, _BUF_ERR, _AUTHINFO_UNAVAIL, _ABORT
+PAM_OWN_FAULTS = frozenset({1, 2, 3, 4, 5, 9, 26})  # security/_pam_types.h
 IDENT_PORT = 113  # RFC 1413
 IDENT_SECONDS = 10.0  # As Dante.
 IDENT_BYTES = 1000  # RFC 1413 section 4: a reply has at most 1000 characters
@@ -7153,15 +7201,20 @@ def read_accounts(passwordfile: str) -> dict[bytes, AccountLine]:
     return accounts
 
 
+class Unverified(SockdError):
+    """A log-in could not be checked, for a reason that is none of the client's."""
+
+
 def verify_username(passwordfile: str, user: bytes, password: bytes) -> str:
-    """Return "" if a password is right, else Dante's words for why not (fail2ban reads them)."""
+    """Return "" if a password is right, else Dante's words for why not (fail2ban reads them); Unverified."""
     name = escape_bytes(user)
     if b"\0" in user or b"\0" in password:
         return f'system password authentication failed for user "{name}"'
     try:
         accounts = read_accounts(passwordfile)
     except OSError as error:
-        return f'could not access user "{name}"\'s records in the system password file: {error.strerror}'
+        text = f'could not access user "{name}"\'s records in the system password file: {error.strerror}'
+        raise Unverified(text) from None
     account = accounts.get(user)
     example = next((a.hash for a in accounts.values() if a.hash.startswith(b"$")), DUMMY_SETTING)
     if check_password(account, example, password, int(time.time() / SECONDS_PER_DAY)):
@@ -7226,6 +7279,7 @@ def preload_for_helpers() -> None:
 def verify_pam(service: str, user: bytes, password: bytes, client: str) -> str:
     """Return "" if PAM lets a user in, authentication and account both, else Dante's words for why not.
 
+    Unverified, with the same words, where PAM has a fault of its own.
     PAM_RHOST and PAM_RUSER are set as Dante sets them, which python-pam has no call for.
     """
     authenticator = load_pam().PamAuthenticator()
@@ -7250,10 +7304,13 @@ def verify_pam(service: str, user: bytes, password: bytes, client: str) -> str:
     name = user or PAM_USER_BY_ADDRESS.encode()
     if authenticator.authenticate(name, password, service, encoding="latin-1", resetcreds=False):
         return ""
-    if failed_call[0] == "account":
-        return f"pam_acct_mgmt(): {authenticator.reason}"
     shown = escape_bytes(user) or "<no user specified>"
-    return f'pam_authenticate() for user "{shown}" failed: {authenticator.reason}'
+    fault = f'pam_authenticate() for user "{shown}" failed: {authenticator.reason}'
+    if failed_call[0] == "account":
+        fault = f"pam_acct_mgmt(): {authenticator.reason}"
+    if authenticator.code in PAM_OWN_FAULTS:
+        raise Unverified(fault)
+    return fault
 
 
 def copy_keytab(keytab: str) -> str:
@@ -9474,11 +9531,45 @@ def open_path(
 # One client from accept to its request, in a thread of its own.  SessionLog spells the records,
 # SessionLookup asks the resolver, Session admits, negotiates and holds what the requests share.
 
+ASKED_OF_DNS = frozenset({Favour.RESOLVE, Favour.REVERSE})
+LOOKUP_SHARE = 64  # a quarter of the resolver's threads: for one source of clients, over all workers
 RESOLVE_SECONDS = 60.0  # when timeout.connect is 0; a resolver with three servers gives up sooner
 PASSWORD_SECONDS = 60.0  # a little more than what the warden grants a check
 FAILURE_SECONDS = 5.0  # a name that could not be resolved may be, the next time a datagram names it
 NAME_UNKNOWN = "Name or service not known"  # EAI_NONAME, as glibc and Dante say it
 REQUEST_NOT_PERFORMED = "request was not performed due to error: "
+
+
+class Shares:
+    """How many look-ups of each source of clients may be under way; more wait for these.
+
+    So a client whose names no server answers holds up nobody else.  Shared by all threads of a worker.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.lock = threading.Lock()  # guards `held`, and is never held over a call that waits
+        # Source -> its share, and how many have or await a part of it.
+        self.held: dict[str, tuple[threading.Semaphore, int]] = {}
+
+    def take(self, source: str, seconds: float) -> None:
+        """Take a part of a source's share, for `give_back`; HelperLate when there is none for so long."""
+        with self.lock:
+            share, users = self.held.get(source) or (threading.Semaphore(self.most), 0)
+            self.held[source] = share, users + 1
+        if not share.acquire(timeout=seconds):
+            self._leave(source)
+            raise HelperLate(f"{self.most} look-ups for {source} have taken more than {seconds:.0f} seconds")
+
+    def give_back(self, source: str) -> None:
+        self.held[source][0].release()
+        self._leave(source)
+
+    def _leave(self, source: str) -> None:
+        with self.lock:
+            share, users = self.held.pop(source)
+            if users > 1:
+                self.held[source] = share, users - 1
 
 
 class Serving(NamedTuple):
@@ -9489,6 +9580,7 @@ class Serving(NamedTuple):
     log: Log
     resolver: Channel
     warden: Channel
+    shares: Shares
     keepalive: bool = True
     counts: Counts | None = None  # None: no rule limits its sessions
     upstreams: Upstreams | None = None  # None: there is no route
@@ -9571,10 +9663,9 @@ class SessionLookup:
         answer, expires = self.answers.get((favour, text, more), ([], 0.0))
         if answer and time.monotonic() < expires:
             return answer
-        seconds = self.serving.config.timeouts.connect or RESOLVE_SECONDS
+        deadline = time.monotonic() + (self.serving.config.timeouts.connect or RESOLVE_SECONDS)
         try:
-            question = [text.encode("latin-1", "replace"), *more]
-            answer, _ = self.serving.resolver.ask(favour, question, seconds)
+            answer = self._ask_in_turn(favour, [text.encode("latin-1", "replace"), *more], deadline)
         except SockdError as error:
             return [str(error).encode()]
         if len(self.answers) >= MOST_VERDICTS:
@@ -9582,6 +9673,17 @@ class SessionLookup:
         lifetime = FAILURE_SECONDS if answer[0] else NO_DEADLINE
         self.answers[favour, text, more] = answer, time.monotonic() + lifetime
         return answer
+
+    def _ask_in_turn(self, favour: Favour, question: list[bytes], deadline: float) -> list[bytes]:
+        """Ask the resolver, once what the client has asked for before leaves room; SockdError."""
+        if favour not in ASKED_OF_DNS:
+            return self.serving.resolver.ask(favour, question, deadline - time.monotonic())[0]
+        shares, source = self.serving.shares, Failures.find_source(self.client.host)
+        shares.take(source, deadline - time.monotonic())
+        try:
+            return self.serving.resolver.ask(favour, question, max(0.0, deadline - time.monotonic()))[0]
+        finally:
+            shares.give_back(source)
 
     def resolve(self, name: str) -> tuple[tuple[Endpoint, ...], str]:
         """Return a name's addresses, or what went wrong if none is of a family that we can leave by.
@@ -11527,11 +11629,14 @@ class UdpRequest:
     def bind_relay(self) -> socket.socket:
         """Return the client-side socket, on the address that the client's connection came in on; OSError."""
         local = self.session.local
+        scope = self.session.connection.getsockname()[2:]  # of an address of one link (RFC 4007)
+        if local.family == 4:
+            scope = ()
         relay = socket.socket(FAMILY_OF[local.family], socket.SOCK_DGRAM)
         relay.setblocking(False)
         for port in relay_ports(self.rule.udp_portrange):
             try:
-                relay.bind(socket_address(local._replace(port=port)))
+                relay.bind((local.host, port, *scope))
                 return SealedSocket.over(relay, self.session.seal) if self.session.seal else relay
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
@@ -12351,7 +12456,7 @@ CUSHION_BYTES = 4 << 20  # address space only: nothing is ever written there
 SHORTAGE_SECONDS = 2.0  # how long new clients are turned away once memory has run out
 WATCH_MILLISECONDS = 2000  # how often the main thread looks whether anybody waits for clients
 DRAIN_MILLISECONDS = 200  # how often a worker without listeners looks whether its sessions have ended
-RESOLVER_THREADS = 128  # questions answered at once; more wait in the inbox
+RESOLVER_THREADS = 256  # questions answered at once; more wait in the inbox
 # Log-ins to upstreams at once.  Each lasts as long as the KDC and a round trip to the upstream take, and at
 # the latest until timeout.connect once there is a ticket; while the KDC is silent, up to VERIFY_SECONDS.
 INITIATORS = 64
@@ -12381,7 +12486,9 @@ class Order(enum.IntEnum):
 def receive_order(control: socket.socket) -> tuple[int, list[bytes], list[int]] | None:
     """Read the mother's next order; None when she is gone."""
     try:
-        data, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, MOST_LOG_TARGETS)
+        data, descriptors, _, _ = socket.recv_fds(
+            control, MAX_MESSAGE_BYTES, MOST_LOG_TARGETS, socket.MSG_CMSG_CLOEXEC
+        )
     except OSError:
         return None
     if not data:
@@ -12914,8 +13021,14 @@ class Resolver:
 
         StuckHelper where none of them gets through: the process is to be replaced.
         """
-        if not self.free.acquire(timeout=RESOLVE_SECONDS):
-            raise StuckHelper(f"no look-up of {RESOLVER_THREADS} has ended in {RESOLVE_SECONDS:.0f} seconds")
+        if not self.free.acquire(blocking=False):
+            if not self.free.acquire(timeout=RESOLVE_SECONDS):
+                text = f"no look-up of {RESOLVER_THREADS} has ended in {RESOLVE_SECONDS:.0f} seconds"
+                raise StuckHelper(text)
+            if question.is_void():
+                question.answer.close()
+                self.free.release()
+                return
         try:
             _thread.start_new_thread(self.answer, (question,))
         except (RuntimeError, MemoryError):
@@ -13056,10 +13169,18 @@ class Warden:
             return NO_DEADLINE
 
     def answer(self, question: Question, wait: float) -> bool:
-        """Check a password and say how long the client has to wait for the answer; in the child."""
-        fault = self.verify(question.fields)
+        """Check a password and say how long the client has to wait for the answer; in the child.
+
+        Return whether it is not the client's fault if it was refused.
+        """
+        is_wrong = False
+        try:
+            fault = self.verify(question.fields)
+            is_wrong = bool(fault)
+        except Unverified as error:
+            fault = str(error)
         question.reply([fault.encode(), f"{wait:.3f}".encode()])
-        return not fault
+        return not is_wrong
 
     def tidy(self) -> int | None:
         self.reap(must_wait=False)
@@ -13081,16 +13202,18 @@ class Warden:
             pid, status = os.waitpid(-1, 0 if must_wait else os.WNOHANG)
             if pid == 0:
                 return
-            host = self.children.pop(pid)
+            if is_traced(pid, status):
+                continue
+            host = self.children.pop(pid, "")
             self.initiators.pop(pid, None)
-            failed = bool(status and host)
+            failed = bool(host) and os.waitstatus_to_exitcode(status) == SAID_NO
             if failed and self.failures.note(host, time.monotonic()) and self.config.login_penalty:
                 source = Failures.find_source(host)
                 self.log.write("warning", f"{FREE_FAILURES} wrong log-ins from {source}: slowing it down")
             must_wait = False
 
     def verify(self, fields: list[bytes]) -> str:
-        """Return "" if the credentials are right, else why not."""
+        """Return "" if the credentials are right, else why not; Unverified."""
         method, service, user, password, client = fields[:5]
         if method not in self.methods or (method != b"username" and service not in self.services):
             return f"method {escape_bytes(method)} is not in the configuration"
@@ -13101,12 +13224,12 @@ class Warden:
         try:
             return verify_pam(service.decode("latin-1"), user, password, client.decode("latin-1"))
         except (ImportError, OSError, ValueError) as error:
-            return f"PAM cannot be asked: {error}"
+            raise Unverified(f"PAM cannot be asked: {error}") from None
 
     def accept(self, question: Question) -> bool:
         """Accept a token of GSS-API; in a child, which first takes the key table and gives its power up."""
         number, token = question.fields
-        keep_only(question.answer.fileno())
+        keep_only({question.answer.fileno()})
         try:
             settings = {str(rule.number).encode(): rule.gssapi for rule in self.config.client_rules}[number]
             keytab = copy_keytab(settings.keytab)
@@ -13137,7 +13260,7 @@ class Warden:
 
     def initiate(self, question: Question) -> bool:
         """Establish a context of GSS-API with an upstream; in a child."""
-        keep_only(question.answer.fileno())
+        keep_only({question.answer.fileno()})
         try:
             service = UpstreamService(*(field.decode(WIRE_TEXT) for field in question.fields))
             initiation, token = self.begin_context(service)
@@ -13228,6 +13351,8 @@ PIDFILE_MODE = 0o644  # As Dante.
 FALLBACK_USER = "nobody"  # where root starts us and user.unprivileged is not set
 RESPAWN_SECONDS = 1.0  # at least this long between two forks of a child that keeps dying
 CHILDREN_STOP_SECONDS = 0.9  # for children that do not end by themselves
+REAP_PAUSE_SECONDS = 0.001
+KILLED_SECONDS = 1.0  # no longer is a killed child waited for: the kernel may have a reason to keep it
 HANDOVER_SECONDS = 5.0  # a worker that has not let go of the listeners by then obeys nobody
 
 
@@ -13338,9 +13463,9 @@ def find_libwrap_faults(config: Config) -> tuple[Complaint, ...]:
         return ()
     try:
         load_libwrap()
-        bad = [
-            rule for rule in libwrap_rules(config) if not check_libwrap(str(rule.libwrap).encode(WIRE_TEXT))
-        ]
+        lines = {str(rule.libwrap).encode(WIRE_TEXT) for rule in libwrap_rules(config)}
+        good = {line for line in lines if is_said_in_child(functools.partial(check_libwrap, line))}
+        bad = [rule for rule in libwrap_rules(config) if str(rule.libwrap).encode(WIRE_TEXT) not in good]
     except OSError as error:
         text = f"the libwrap keywords need the system's libwrap ({LIBWRAP}) and /proc: {error}"
         return (Complaint("error", text),)
@@ -13440,14 +13565,20 @@ class Pidfile:
 
     def acquire(self) -> None:
         """Open and lock the file; OSError if that cannot be done, ConfigError if another server holds it."""
-        self.descriptor = os.open(
-            self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, PIDFILE_MODE
-        )
+        how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(self.path, how, PIDFILE_MODE)
         try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")  # /dev/null would be removed in the end
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid = os.read(self.descriptor, 32).decode("ascii", "replace").strip()
+            pid = os.read(descriptor, 32).decode("ascii", "replace").strip()
+            os.close(descriptor)
             raise ConfigError(f"already running as process {pid} (pid file {self.path})") from None
+        except OSError:
+            os.close(descriptor)
+            raise
+        self.descriptor = descriptor
 
     def write(self) -> None:
         """Write our pid."""
@@ -13456,12 +13587,13 @@ class Pidfile:
             os.pwrite(self.descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
 
     def release(self) -> None:
-        """Empty and remove the file."""
+        """Empty the file, and remove it if it still is at its place."""
         if self.descriptor < 0:
             return
-        os.ftruncate(self.descriptor, 0)
         try:
-            os.unlink(self.path)
+            os.ftruncate(self.descriptor, 0)
+            if os.path.samestat(os.lstat(self.path), os.fstat(self.descriptor)):
+                os.unlink(self.path)
         except OSError:
             pass  # the directory is not ours to write in
         os.close(self.descriptor)
@@ -13495,8 +13627,7 @@ class Generation:
 
     def close_inbox(self) -> None:
         """Close both ends of what its workers ask by."""
-        for end in self.warden_inbox:
-            end.close()
+        close_inbox(self.warden_inbox)
 
 
 class Child(NamedTuple):
@@ -13525,8 +13656,50 @@ def ignore_signal(number: int, frame: object) -> None:
 def describe_status(status: int) -> str:
     """Return how a child ended, behind "exited unexpectedly"."""
     if os.WIFSIGNALED(status):
-        return f" on signal {signal.Signals(os.WTERMSIG(status)).name}"
+        number = os.WTERMSIG(status)
+        names = {known.value: known.name for known in signal.Signals}  # but for most real-time signals
+        return f" on signal {names.get(number, number)}"
     return f" with status {os.waitstatus_to_exitcode(status)}"
+
+
+def list_ended() -> Iterator[tuple[int, int]]:
+    """Yield pid and status of each child that has ended since the last time (waitpid(2))."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        if not is_traced(pid, status):
+            yield pid, status
+
+
+def has_no_new_privileges(pid: int) -> bool:
+    """Tell whether a process can gain no privileges any more (proc(5)); OSError if it is gone."""
+    with open(f"/proc/{pid}/status", "rb") as file:
+        return b"\nNoNewPrivs:\t1\n" in file.read()
+
+
+def list_children() -> list[int]:
+    """Return the processes whose parent this one is, zombies as well; OSError without proc(5)."""
+    pid = os.getpid()
+    with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
+        return [int(child) for child in file.read().split()]
+
+
+def find_strays(known: Container[int]) -> list[int]:
+    """Return our children that we have not forked and that a worker has: no worker of ours does.
+
+    The commands of libwrap come to us in the same way (PR_SET_CHILD_SUBREAPER), but may gain privileges yet.
+    Where that is forbidden to all of us, whoever has done so sees to strays: a service manager, a container.
+    """
+    try:
+        if has_no_new_privileges(os.getpid()):
+            return []
+        return [pid for pid in list_children() if pid not in known and has_no_new_privileges(pid)]
+    except OSError:
+        return []
 
 
 def raise_descriptor_limit(log: Log) -> None:
@@ -13679,9 +13852,9 @@ NOTIFY_SECONDS = 1.0  # a manager that does not read is told nothing
 MOST_PASSED = 1024
 
 
-def take_number(environment: MutableMapping[str, str], name: str) -> int:
-    """Remove a variable and return its number; 0 where it is missing or is none."""
-    text = environment.pop(name, "")
+def read_number(environment: MutableMapping[str, str], name: str) -> int:
+    """Return the number in a variable; 0 where it is missing or is none."""
+    text = environment.get(name, "")
     return int(text) if text.isdecimal() and len(text) < 20 else 0
 
 
@@ -13693,8 +13866,10 @@ class Manager:
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:
         self.address = environment.pop("NOTIFY_SOCKET", "")
-        period = take_number(environment, "WATCHDOG_USEC") / 1e6
-        watched = take_number(environment, "WATCHDOG_PID")
+        period = read_number(environment, "WATCHDOG_USEC") / 1e6
+        watched = read_number(environment, "WATCHDOG_PID")
+        for name in ("WATCHDOG_USEC", "WATCHDOG_PID"):
+            environment.pop(name, None)
         # The manager of the executable knows the boot process.
         pids = (0, os.getpid(), os.getppid() if is_executable() else 0)
         self.watchdog_seconds = period / 2 if self.address and watched in pids else 0.0
@@ -13740,14 +13915,21 @@ def find_configured(endpoint: Endpoint, internal: Iterable[Endpoint]) -> Endpoin
     return None
 
 
+def count_passed(environment: MutableMapping[str, str]) -> int:
+    """Return how many descriptors the service manager has passed to us (sd_listen_fds(3))."""
+    if read_number(environment, "LISTEN_PID") != os.getpid():
+        return 0
+    return min(read_number(environment, "LISTEN_FDS"), MOST_PASSED)
+
+
 def open_passed_sockets(
     environment: MutableMapping[str, str], log: Log
 ) -> Iterator[tuple[str, socket.socket]]:
     """Yield (name, socket) for each that the service manager has passed to us (sd_listen_fds(3))."""
-    count = min(take_number(environment, "LISTEN_FDS"), MOST_PASSED)
+    count = count_passed(environment)
     names = environment.pop("LISTEN_FDNAMES", "").split(":")
-    if take_number(environment, "LISTEN_PID") != os.getpid():
-        return
+    for name in ("LISTEN_FDS", "LISTEN_PID"):
+        environment.pop(name, None)
     for index in range(count):
         descriptor = FIRST_PASSED_DESCRIPTOR + index
         try:
@@ -13813,6 +13995,7 @@ class Mother:
         self.pidfile = Pidfile(options.pidfile or default_files(options.program)[1])
         self.resolver_inbox = (socket.socket(), socket.socket())
         self.wakeup = (-1, -1)
+        self.caller = -1  # where -D's caller waits until clients are served
         self.manager = Manager(os.environ)
         self.ending = False
         self.last_spawn = 0.0
@@ -13841,7 +14024,8 @@ class Mother:
         preload()
         preload_for_helpers()
         forget_unpacked_files()
-        caller = daemonize() if self.options.daemon else -1
+        self.caller = daemonize() if self.options.daemon else -1
+        prctl(PR_SET_CHILD_SUBREAPER, 1)  # for end_strays
         self.log.take_over()
         self.write_pid()
         self.catch_signals()
@@ -13850,9 +14034,14 @@ class Mother:
         if self.due:
             raise ConfigError("cannot start the processes that serve (see the log)")
         self.tell_ready()
-        if caller >= 0:
-            os.write(caller, b".")
-            os.close(caller)
+        self.release_caller()
+
+    def release_caller(self) -> None:
+        """Let the caller of -D go on."""
+        if self.caller >= 0:
+            os.write(self.caller, b".")
+            os.close(self.caller)
+            self.caller = -1
 
     def tell_ready(self) -> None:
         """Tell the service manager that clients are served."""
@@ -14045,15 +14234,14 @@ class Mother:
     def fork_child(self, generation: Generation, kind: str, number: int) -> bool:
         """Fork a child of a kind, with its generation's configuration; False if that cannot be done now."""
         inherited = [child.control.fileno() for child in self.children.values()]
-        inherited += [*self.wakeup, *self.leaving]
+        inherited += [*self.wakeup, *self.leaving, self.caller, self.pidfile.descriptor]
         inherited += [end.fileno() for g in self.generations if g is not generation for end in g.warden_inbox]
-        if self.pidfile.descriptor >= 0:
-            inherited.append(self.pidfile.descriptor)
         body = {"worker": self.be_worker, "resolver": self.be_resolver, "warden": self.be_warden}[kind]
         self.last_spawn = time.monotonic()
         try:
             pid, control = spawn(
-                lambda control: self.be_child(lambda: body(generation, control, number)), inherited
+                lambda control: self.be_child(lambda: body(generation, control, number)),
+                [descriptor for descriptor in inherited if descriptor >= 0],
             )
         except OSError as error:
             self.log.write("error", f"cannot start a {kind}: {error.strerror}")
@@ -14075,7 +14263,8 @@ class Mother:
         resolver, warden = Channel(self.resolver_inbox[1]), Channel(generation.warden_inbox[1])
         upstreams = Upstreams(config, self.log) if config.routes else None
         policy, keepalive = Policy(config), self.options.keepalive
-        return Serving(config, policy, self.log, resolver, warden, keepalive, counts, upstreams)
+        shares = Shares(max(1, LOOKUP_SHARE // self.count_workers(config)))
+        return Serving(config, policy, self.log, resolver, warden, shares, keepalive, counts, upstreams)
 
     def be_worker(self, generation: Generation, control: socket.socket, number: int) -> int:
         """The life of a worker, in its process."""
@@ -14141,7 +14330,7 @@ class Mother:
         while not self.ending:
             poller = select.poll()
             poller.register(self.wakeup[0], select.POLLIN)
-            by_descriptor = {child.control.fileno(): pid for pid, child in self.children.items()}
+            by_descriptor = self.list_controls()
             for descriptor in by_descriptor:
                 poller.register(descriptor, select.POLLIN)
             self.manager.sign_of_life()
@@ -14159,6 +14348,12 @@ class Mother:
             self.retire_generations()
             self.finish_reload()
         return self.end()
+
+    def list_controls(self) -> dict[int, int]:
+        """Return by its descriptor whose each control socket is; one that has been ended has none."""
+        controls = {child.control.fileno(): pid for pid, child in self.children.items()}
+        controls.pop(-1, None)
+        return controls
 
     def act_on_signals(self) -> None:
         """Do once what each signal that has come asks for, however often it came."""
@@ -14180,18 +14375,24 @@ class Mother:
             return
         self.log.write("info", "SIGHUP [: reloading config")
         self.manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        config, complaints = read_config(self.options)
+        complaints: tuple[Complaint, ...] = ()
         try:
+            config, complaints = read_config(self.options)
             if config is None:
                 raise ConfigError("the running configuration is kept")
             self.handover = self.reload(config)
         except (ConfigError, OSError) as error:
-            text = (error.strerror if isinstance(error, OSError) else "") or str(error)
+            self.refuse_reload(complaints, (getattr(error, "strerror", "") or str(error)))
+        except Exception as error:  # as where an upgrade has taken away what Python imports late
+            self.refuse_reload(complaints, f"internal error: {describe_bug(error)}: {error}")
+        else:
             self.log_complaints(complaints)
-            self.log.write("error", f"SIGHUP ]: config not reloaded: {text}")
-            self.manager.tell("READY=1", f"STATUS=config not reloaded: {text}")
-            return
+
+    def refuse_reload(self, complaints: Iterable[Complaint], text: str) -> None:
+        """Say why everything stays as it was."""
         self.log_complaints(complaints)
+        self.log.write("error", f"SIGHUP ]: config not reloaded: {text}")
+        self.manager.tell("READY=1", f"STATUS=config not reloaded: {text}")
 
     def reload(self, config: Config) -> Handover:
         """Take up a configuration, and return what is to be waited for; ConfigError, OSError.
@@ -14212,11 +14413,11 @@ class Mother:
             generation = Generation(self.newest.number + 1, config, accounts, places)
             try:
                 return self.switch(generation, listeners)
-            except ConfigError:
+            except BaseException:
                 generation.close_lock()
                 generation.close_inbox()
                 raise
-        except (ConfigError, OSError):
+        except BaseException:
             close_others(listeners, self.listeners)
             raise
 
@@ -14241,7 +14442,7 @@ class Mother:
         self.generations.append(generation)
         try:
             self.take_up(generation.config, listeners)
-        except ConfigError:
+        except BaseException:
             self.take_back(generation, old_listeners)
             self.log.restore(former)
             raise
@@ -14273,7 +14474,7 @@ class Mother:
             if child.kind == "resolver":
                 self.order(child, Order.DRAIN)  # it may have a question of an old worker
             else:
-                self.reap_soon(pid, child)
+                self.end_child(pid)
         self.listeners, self.config = listeners, self.newest.config
         self.prepare_to_serve()
 
@@ -14297,7 +14498,7 @@ class Mother:
             return
         for pid in waiting:
             self.log.write("error", f"worker {pid} goes on taking clients: ending it")
-            self.reap_soon(pid, self.children[pid])
+            self.end_child(pid)
         self.handover = None
         self.log.write("info", "SIGHUP ]: config reloaded.  Broadcasting to children to do the same")
         self.tell_ready()
@@ -14330,18 +14531,14 @@ class Mother:
 
     def reap(self) -> None:
         """Bury the children that have ended, and plan new ones for those that should not have."""
-        while self.children:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
+        for pid, status in list_ended():
             child = self.children.pop(pid, None)
             if child is None:
-                continue
-            self.bury(child, status)
-            if status or self.is_needed(child):
+                continue  # a thread, see is_traced
+            was_ended_by_us = child.control.fileno() < 0  # see end_child
+            self.bury(child)
+            self.end_strays()
+            if (status and not was_ended_by_us) or self.is_needed(child):
                 self.log.write("warning", f"{child.kind} {pid} exited unexpectedly{describe_status(status)}")
             self.plan_successor(child)
 
@@ -14359,10 +14556,11 @@ class Mother:
             when = max(time.monotonic(), self.last_spawn + RESPAWN_SECONDS)
             self.due.append((when, child.generation, child.kind, child.number))
 
-    def bury(self, child: Child, status: int) -> None:
+    def bury(self, child: Child) -> None:
         """Take back what a dead child held, before another one can follow it."""
-        child.control.close()
-        if status and child.kind == "worker" and child.generation.counts is not None:
+        with Impatience():
+            child.control.close()
+        if child.kind == "worker" and child.generation.counts is not None:
             child.generation.counts.forget(child.number - 1)
 
     def respawn(self) -> None:
@@ -14416,7 +14614,7 @@ class Mother:
         except OSError:
             data = b""
         if not data:
-            self.reap_soon(pid, child)
+            self.end_child(pid)
         elif child.kind == "worker":
             self.hear_worker(pid, child, data)
         else:
@@ -14499,8 +14697,7 @@ class Mother:
         except OSError as error:
             self.log.write("error", f"cannot make another inbox: {error.strerror}")
             return False
-        for end in self.resolver_inbox:
-            end.close()
+        close_inbox(self.resolver_inbox)
         self.resolver_inbox = inbox
         self.generations.append(generation)
         outgoing.close_lock()
@@ -14510,18 +14707,31 @@ class Mother:
         self.spawn_children()
         return True
 
-    def reap_soon(self, pid: int, child: Child) -> None:
-        """Wait for a child that has closed its control socket: it is ending, or no longer to be trusted."""
-        try:
-            os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            return
-        del self.children[pid]
-        self.bury(child, status)
-        if self.is_needed(child):
-            self.log.write("warning", f"{child.kind} {pid} exited unexpectedly{describe_status(status)}")
-        self.plan_successor(child)
+    def end_child(self, pid: int) -> None:
+        """End a child that has closed its control socket: it is ending, or no longer to be trusted.
+
+        Its end is waited for, but not for ever: one that we trace lives until its threads have been reaped.
+        """
+        os.kill(pid, signal.SIGKILL)
+        with Impatience():
+            self.children[pid].control.close()
+        deadline = time.monotonic() + KILLED_SECONDS
+        self.reap()
+        while pid in self.children and time.monotonic() < deadline:
+            time.sleep(REAP_PAUSE_SECONDS)
+            self.reap()
+
+    def end_strays(self) -> None:
+        """End what a worker that was not ours any more has left behind: it would serve clients on."""
+        deadline = time.monotonic() + KILLED_SECONDS
+        strays = find_strays(self.children)
+        while strays and time.monotonic() < deadline:
+            for pid in strays:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(REAP_PAUSE_SECONDS)  # and look again: these may have left some themselves
+            for pid in strays:
+                self.log.write("error", f"process {pid}, of a worker that has gone, is ended")
+            strays = find_strays(self.children)
 
     # --- the end ---
 
@@ -14536,23 +14746,25 @@ class Mother:
         self.wait_for_children(time.monotonic() + CHILDREN_STOP_SECONDS)
         for pid in self.children:
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        self.wait_for_children(time.monotonic() + KILLED_SECONDS)
         self.pidfile.release()
         self.log.write("alert", "mother[1/1]: shutting down")
         self.log.close()
         return 0
 
     def wait_for_children(self, deadline: float) -> None:
-        """Wait for the children's ends, which show as the ends of their control sockets."""
-        while self.children and time.monotonic() < deadline:
-            poller = select.poll()
-            for child in self.children.values():
-                poller.register(child.control.fileno(), select.POLLIN)
-            poller.poll(poll_milliseconds(deadline))
-            for pid, child in tuple(self.children.items()):
-                if os.waitpid(pid, os.WNOHANG)[0]:
-                    child.control.close()
-                    del self.children[pid]
+        """Wait for the ends of the children, of which SIGCHLD tells."""
+        poller = select.poll()
+        poller.register(self.wakeup[0], select.POLLIN)
+        while True:
+            for pid, _ in list_ended():
+                child = self.children.pop(pid, None)
+                if child is not None:
+                    self.bury(child)
+            if not self.children or time.monotonic() >= deadline:
+                return
+            if poller.poll(poll_milliseconds(deadline)):
+                os.read(self.wakeup[0], 4096)
 
     handlers = {
         signal.SIGTERM: on_end,
@@ -14684,15 +14896,22 @@ def fail(program: str, text: str) -> int:
 
 def serve(options: Options, config: Config) -> int:
     """Run the server until it is told to end; return the exit status."""
+    keep_only(range(FIRST_PASSED_DESCRIPTOR + count_passed(os.environ)))
     mother = Mother(options, config)
     try:
         mother.start()
     except (ConfigError, OSError) as error:
         text = str(error)
+        mother.pidfile.release()
         mother.log.write("error", text)
         mother.log.write("alert", "mother[1/1]: shutting down")
         return 1 if "stderr" in config.logoutput else fail(options.program, text)
-    return mother.run()
+    try:
+        return mother.run()
+    except Exception as error:  # her children end with her
+        mother.pidfile.release()
+        mother.log.write("error", f"internal error: {describe_bug(error)}: {error}")
+        return 1
 
 
 def read_new_password() -> bytes:

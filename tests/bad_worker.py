@@ -364,7 +364,7 @@ class Bombardment:
         log.open(config.logoutput, config.errorlog)
         read_end, self.inbox = sockd.make_inbox()
         channel = sockd.Channel(self.inbox)
-        serving = sockd.Serving(config, sockd.Policy(config), log, channel, channel)
+        serving = sockd.Serving(config, sockd.Policy(config), log, channel, channel, sockd.Shares(1))
         helper = sockd.Resolver() if kind == "resolver" else sockd.Warden(config, log)
 
         def body(control: socket.socket) -> int:
