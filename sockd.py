@@ -14530,14 +14530,20 @@ class Mother:
                 self.order(child, Order.REPORT)
 
     def reap(self) -> None:
+        """Bury the children that have ended, and see to what they have left."""
+        count = len(self.children)
+        self.bury_ended()
+        if len(self.children) < count:
+            self.end_strays()
+
+    def bury_ended(self) -> None:
         """Bury the children that have ended, and plan new ones for those that should not have."""
         for pid, status in list_ended():
             child = self.children.pop(pid, None)
             if child is None:
-                continue  # a thread, see is_traced
+                continue  # a thread, see is_traced; or a stray
             was_ended_by_us = child.control.fileno() < 0  # see end_child
             self.bury(child)
-            self.end_strays()
             if (status and not was_ended_by_us) or self.is_needed(child):
                 self.log.write("warning", f"{child.kind} {pid} exited unexpectedly{describe_status(status)}")
             self.plan_successor(child)
@@ -14671,7 +14677,7 @@ class Mother:
     def end_culprit(self, pid: int) -> None:
         """End a worker that has gone wrong."""
         self.log.write("error", f"worker {pid} sent a malformed message: ending it")
-        os.kill(pid, signal.SIGKILL)
+        self.end_child(pid)
 
     def lose_inbox(self, helper: Child) -> None:
         """End all workers that ask a helper: one of them has shut down its inbox, and nobody knows which."""
@@ -14712,6 +14718,8 @@ class Mother:
 
         Its end is waited for, but not for ever: one that we trace lives until its threads have been reaped.
         """
+        if pid not in self.children:
+            return  # it has ended while another's end was waited for
         os.kill(pid, signal.SIGKILL)
         with Impatience():
             self.children[pid].control.close()
@@ -14724,14 +14732,16 @@ class Mother:
     def end_strays(self) -> None:
         """End what a worker that was not ours any more has left behind: it would serve clients on."""
         deadline = time.monotonic() + KILLED_SECONDS
-        strays = find_strays(self.children)
+        strays, ended = find_strays(self.children), set[int]()
         while strays and time.monotonic() < deadline:
             for pid in strays:
                 os.kill(pid, signal.SIGKILL)
-            time.sleep(REAP_PAUSE_SECONDS)  # and look again: these may have left some themselves
-            for pid in strays:
+            for pid in set(strays) - ended:
                 self.log.write("error", f"process {pid}, of a worker that has gone, is ended")
-            strays = find_strays(self.children)
+            ended.update(strays)
+            time.sleep(REAP_PAUSE_SECONDS)
+            self.bury_ended()
+            strays = find_strays(self.children)  # these may have left some themselves
 
     # --- the end ---
 
@@ -14747,6 +14757,7 @@ class Mother:
         for pid in self.children:
             os.kill(pid, signal.SIGKILL)
         self.wait_for_children(time.monotonic() + KILLED_SECONDS)
+        self.end_strays()
         self.pidfile.release()
         self.log.write("alert", "mother[1/1]: shutting down")
         self.log.close()
