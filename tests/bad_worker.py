@@ -119,11 +119,17 @@ def garbage_to_mother(session: sockd.Session) -> None:
     CONTROL[0].send(b"\xff\xff\xff")
 
 
+def find_siblings() -> set[int]:
+    """Give the mother's other children."""
+    parent = os.getppid()
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return {*map(int, children)} - {os.getpid()}
+
+
 def accuse_others(session: sockd.Session) -> None:
     """Tell the mother, as only a helper may, that other processes have gone wrong."""
-    for pid in Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split():
-        if int(pid) != os.getpid():
-            CONTROL[0].send(sockd.encode_message(0, [pid.encode(), b"malformed"]))
+    for pid in find_siblings():
+        CONTROL[0].send(sockd.encode_message(0, [b"%d" % pid, b"malformed"]))
 
 
 def repeat_word(session: sockd.Session) -> None:
@@ -138,17 +144,122 @@ def close_control(session: sockd.Session) -> None:
     signal.pause()
 
 
+def make_slow(connection: socket.socket) -> None:
+    """Have the last close(2) of a connection wait: its data is not read, and it lingers."""
+    connection.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            connection.send(bytes(100_000))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, SLOW_SECONDS))
+
+
 def slow_to_close() -> socket.socket:
-    """Give a connection whose last close(2) waits: its data is never read, and it lingers."""
+    """Give a connection whose last close(2) waits."""
     listener = socket.create_server(("127.0.0.1", 0))
     ours = socket.create_connection(listener.getsockname())
     KEPT.extend([listener, listener.accept()[0]])
-    ours.setblocking(False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            ours.send(bytes(100_000))
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, SLOW_SECONDS))
+    make_slow(ours)
     return ours
+
+
+def bury_mother(session: sockd.Session) -> None:
+    """Leave a connection that is slow to close in the queue that she closes; its client reads nothing."""
+    make_slow(session.connection)
+    for _ in range(100):
+        with contextlib.suppress(BlockingIOError):
+            socket.send_fds(CONTROL[0], [b"\xff"], [session.connection.fileno()], socket.MSG_DONTWAIT)
+    os._exit(1)
+
+
+ARMED: list[Callable[[], None]] = []  # what a worker does at the mother's next order
+
+
+def bury_mother_at_the_end(session: sockd.Session) -> None:
+    def bury() -> None:
+        while find_siblings():  # no end of theirs is to wake her
+            time.sleep(0.01)
+        bury_mother(session)
+
+    ARMED.append(bury)
+
+
+PTRACE_TRACEME = 0
+
+
+def be_traced() -> None:
+    """Make the mother the tracer of this thread: it stops for her at each signal, and is hers to reap."""
+    ctypes.CDLL(None).ptrace(PTRACE_TRACEME, 0, 0, 0)
+
+
+def traced_without_control(session: sockd.Session) -> None:
+    be_traced()
+    close_control(session)
+
+
+def traced_and_killed(session: sockd.Session) -> None:
+    be_traced()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def trace_main_thread(session: sockd.Session) -> None:
+    """Have the main thread be traced (see TalkativeWorker)."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+
+
+def stop_main_thread(session: sockd.Session) -> None:
+    """Have the main thread be traced, and then stop at a signal."""
+    while True:
+        trace_main_thread(session)
+        time.sleep(0.01)
+
+
+def trace_all_threads(session: sockd.Session) -> None:
+    def wait() -> None:
+        be_traced()
+        signal.pause()
+
+    trace_main_thread(session)
+    be_traced()
+    for _ in range(4):
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def leave_children(generations: int) -> None:
+    """Fork a process that takes clients, and as many below it."""
+    if os.fork():
+        return
+    os.setsid()
+    if generations > 1:
+        leave_children(generations - 1)
+    LISTENERS[0].setblocking(True)
+    while True:
+        with LISTENERS[0].accept()[0] as connection:
+            connection.sendall(b"mine")
+
+
+def die_and_leave(generations: int) -> Callable[[sockd.Session], None]:
+    """Make an attack: others go on in the worker's place."""
+
+    def attack(session: sockd.Session) -> None:
+        leave_children(generations)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return attack
+
+
+def leave_child_at_the_end(session: sockd.Session) -> None:
+    def leave() -> None:
+        leave_children(1)
+        os._exit(0)
+
+    ARMED.append(leave)
+
+
+def leave_with_a_place(session: sockd.Session) -> None:
+    """Take one of the sessions that a rule allows, and end as if nothing had been."""
+    assert session.serving.counts
+    session.serving.counts.take(session.serving.config.client_rules[0], session.client)
+    os._exit(0)
 
 
 def wrapped(inner: socket.socket) -> socket.socket:
@@ -191,9 +302,7 @@ def slow_answer(which: str, message: bytes) -> Callable[[sockd.Session], None]:
 
 def stop_others(session: sockd.Session) -> None:
     """Stop the mother and her other children, who have the same user."""
-    parent = os.getppid()
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    for pid in {parent, *map(int, children)} - {os.getpid()}:
+    for pid in {os.getppid(), *find_siblings()}:
         with contextlib.suppress(PermissionError):
             os.kill(pid, signal.SIGSTOP)
 
@@ -221,6 +330,9 @@ ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
     "accuses others": accuse_others,
     "closes its control socket": close_control,
     "repeats itself": repeat_word,
+    "is traced, and closes its control socket": traced_without_control,
+    "is traced, and killed": traced_and_killed,
+    "is traced, and stops": stop_main_thread,
 }
 
 
@@ -249,14 +361,26 @@ QUIET_ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
     "slow answers of the warden": slow_answer("warden", BIND),
     "slow answers of the resolver": slow_answer("resolver", RESOLVE),
     "ends the listeners": end_listeners,
+    "has all its threads traced": trace_all_threads,
 }
 if ctypes.CDLL(None).syscall(sockd.LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1) >= SCOPED:
     QUIET_ATTACKS["stops the others"] = stop_others
 
+# Of a worker that ends by itself: at once, or when the server does.
+LAST_ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
+    "leaves a child": die_and_leave(1),
+    "leaves a child that has children": die_and_leave(3),
+    "leaves with a place": leave_with_a_place,
+    "buries the mother": bury_mother,
+    "buries the mother at the end": bury_mother_at_the_end,
+    "leaves a child at the end": leave_child_at_the_end,
+}
+ALL_ATTACKS = {**ATTACKS, **QUIET_ATTACKS, **LAST_ATTACKS}
+
 
 def address_of(attack: str) -> str:
     """Give the address whose clients trigger an attack."""
-    return f"{ATTACKERS}{[*ATTACKS, *QUIET_ATTACKS].index(attack) + 1}"
+    return f"{ATTACKERS}{[*ALL_ATTACKS].index(attack) + 1}"
 
 
 class TalkativeWorker(sockd.Worker):
@@ -267,13 +391,19 @@ class TalkativeWorker(sockd.Worker):
     ) -> None:
         CONTROL[:] = [control]
         LISTENERS[:] = listeners
+        signal.signal(signal.SIGUSR2, lambda *_: be_traced())
         super().__init__(serving, listeners, control)
+
+    def obey(self) -> bool:
+        for act in ARMED:
+            act()
+        return super().obey()
 
 
 def serve_with_bad_workers() -> int:
     """Run sockd, its workers open to attack."""
     serve = sockd.serve_client
-    table = {address_of(name): attack for name, attack in {**ATTACKS, **QUIET_ATTACKS}.items()}
+    table = {address_of(name): attack for name, attack in ALL_ATTACKS.items()}
 
     def serve_client(session: sockd.Session) -> None:
         attack = table.get(session.client.host)

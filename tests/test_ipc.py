@@ -30,7 +30,7 @@ from client import (
     request4,
     request5,
 )
-from more_peers import CLIENT_PASS, HEAD, hash_with, measure_idleness, rule, wait_for_workers
+from more_peers import CLIENT_PASS, HEAD, hash_with, measure_idleness, rule, wait_for_record, wait_for_workers
 from peers import TcpPeer, UdpPeer
 from servers import Server, Sockd, World, eventually, find_free_port, read_process
 
@@ -123,11 +123,13 @@ def find_children(server: Server) -> set[int]:
     return {p.pid for p in server.processes() if p.parent == server.pid and p.state != "Z"}
 
 
-def attack(server: Server, name: str) -> None:
-    """Have a worker do its worst."""
-    client = Client(server.addresses[0], source=(bad_worker.address_of(name), 0))
-    with client, contextlib.suppress(ConnectionResetError, AssertionError):
-        client.receive(8)
+@contextlib.contextmanager
+def attack(server: Server, name: str) -> Iterator[None]:
+    """Have a worker do its worst; its client stays, and reads no more than the first bytes."""
+    with Client(server.addresses[0], source=(bad_worker.address_of(name), 0)) as client:
+        with contextlib.suppress(ConnectionResetError, AssertionError):
+            client.receive(8)
+        yield
 
 
 def check_others_are_served(server: Server, peer: StartPeer) -> None:
@@ -151,9 +153,9 @@ def test_worker_that_breaks_the_rules_is_ended_and_replaced(
     bad_server: Server, peer: StartPeer, name: str
 ) -> None:
     server, before = bad_server, find_children(bad_server)
-    attack(server, name)
-    gone = eventually(lambda: before - find_children(server))
-    check_others_are_served(server, peer)
+    with attack(server, name):
+        gone = eventually(lambda: before - find_children(server))
+        check_others_are_served(server, peer)
     eventually(lambda: len(find_children(server)) == len(before))
     assert len(gone) == 1
     (culprit,) = gone
@@ -164,17 +166,24 @@ def test_worker_that_breaks_the_rules_is_ended_and_replaced(
     server.check_text()
 
 
+def start_bad_server(world: World, folder: Path, config: str = BAD_CONFIG, workers: int = 2) -> Server:
+    """Start a server for one attack, with resolver and warden besides its workers."""
+    port = find_free_port()  # one that the kernel has chosen goes with the listening
+    server = BadSockd(config.replace("port = 0", f"port = {port}"), folder, ("-N", str(workers)), world)
+    server.addresses = [("127.0.0.1", port)]
+    wait_for_workers(server, workers)  # or one is ended before it has said that it runs
+    assert len(find_children(server)) == workers + 2
+    return server
+
+
 @pytest.mark.parametrize("name", bad_worker.QUIET_ATTACKS)
 def test_worker_that_spoils_the_channel_holds_up_nobody(
     private_world: World, tmp_path: Path, peer: StartPeer, name: str
 ) -> None:
-    port = find_free_port()  # one that the kernel has chosen goes with the listening
-    server = BadSockd(BAD_CONFIG.replace("port = 0", f"port = {port}"), tmp_path, ("-N", "2"), private_world)
-    server.addresses = [("127.0.0.1", port)]
-    wait_for_workers(server, 2)  # or one is ended before it has said that it runs
-    assert len(find_children(server)) == 4
+    server = start_bad_server(private_world, tmp_path)
     try:
-        attack(server, name)
+        with attack(server, name):
+            pass
         if name.startswith("ends the"):
             # All workers share it, and nobody can tell who has ended it: all are replaced.
             eventually(lambda: sum(m.endswith(" running") for m in server.messages) == 4)
@@ -182,6 +191,75 @@ def test_worker_that_spoils_the_channel_holds_up_nobody(
         eventually(lambda: is_calm(server))
         assert server.stop() == 0
         server.check_text()
+    finally:
+        server.kill()
+
+
+def list_ended_strays(server: Server) -> list[str]:
+    return [m for m in server.messages if m.endswith(", of a worker that has gone, is ended")]
+
+
+@pytest.mark.parametrize(("name", "count"), [("leaves a child", 1), ("leaves a child that has children", 3)])
+def test_what_a_worker_leaves_behind_takes_no_clients(
+    private_world: World, tmp_path: Path, peer: StartPeer, name: str, count: int
+) -> None:
+    server = start_bad_server(private_world, tmp_path)
+    try:
+        with attack(server, name):
+            eventually(lambda: len(list_ended_strays(server)) == count)
+        check_others_are_served(server, peer)
+        eventually(lambda: len(server.processes()) == 5)
+        assert len(set(list_ended_strays(server))) == len(list_ended_strays(server)) == count
+        check_end(server)
+    finally:
+        server.kill()
+
+
+def test_mother_does_not_wait_for_what_a_worker_leaves_in_her_queue(
+    private_world: World, tmp_path: Path, peer: StartPeer
+) -> None:
+    server = start_bad_server(private_world, tmp_path)
+    try:
+        server.signal(signal.SIGSTOP)  # so that she learns of all of it at once
+        with attack(server, "buries the mother"):
+            eventually(lambda: len(find_children(server)) == 3)
+            server.signal(signal.SIGCONT)
+            check_others_are_served(server, peer)
+            eventually(lambda: len(find_children(server)) == 4)
+            check_end(server)
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("name", [name for name in bad_worker.LAST_ATTACKS if name.endswith(" at the end")])
+def test_worker_that_turns_at_the_end_does_not_outlive_the_server(
+    private_world: World, tmp_path: Path, name: str
+) -> None:
+    server = start_bad_server(private_world, tmp_path)
+    try:
+        with attack(server, name):
+            check_end(server)
+    finally:
+        server.kill()
+
+
+def check_end(server: Server) -> None:
+    """Check that a server ends when it is told to, and that another one can take its place at once."""
+    assert server.stop() == 0
+    assert not server.processes()
+    socket.create_server(server.addresses[0]).close()
+    server.check_text()
+
+
+def test_worker_that_ends_in_peace_gives_its_places_back(private_world: World, tmp_path: Path) -> None:
+    config = BAD_CONFIG.replace("client pass {", "client pass { session.max: 1")
+    server = start_bad_server(private_world, tmp_path, config, workers=1)
+    try:
+        with attack(server, "leaves with a place"):
+            wait_for_record(server, "exited unexpectedly with status 0")
+        with Client(server.addresses[0]) as client:
+            assert client.greet([2]) == 2
+        check_end(server)
     finally:
         server.kill()
 
@@ -206,6 +284,47 @@ def test_mother_does_not_wait_for_what_a_child_shows_her(monkeypatch: pytest.Mon
     generation.close_inbox()
     assert mother.children[0].said == {program.SETTLED, program.DRAINED}
     assert time.monotonic() - began < bad_worker.SLOW_SECONDS
+
+
+@pytest.mark.parametrize("way", ["retire_generations", "start_over"])
+def test_mother_does_not_wait_for_what_lies_in_an_inbox(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setattr(bad_worker, "SLOW_SECONDS", 30)
+    before = signal.signal(signal.SIGALRM, program.note_alarm)
+    mother = program.Mother(program.Options(), program.Config(""))
+    mother.generations = [program.Generation(n, program.Config(""), (None, None, None), 1) for n in range(2)]
+    mother.resolver_inbox = program.make_inbox()
+    monkeypatch.setattr(mother, "spawn_children", lambda: None)
+    inbox = mother.resolver_inbox if way == "start_over" else mother.generations[0].warden_inbox
+    for slow in (bad_worker.slow_to_close(), bad_worker.wrapped(bad_worker.slow_to_close())):
+        with slow:
+            socket.send_fds(inbox[1], [b"x"], [slow.fileno()])
+    began = time.monotonic()
+    getattr(mother, way)()
+    signal.signal(signal.SIGALRM, before)
+    assert {end.fileno() for end in inbox} == {-1}
+    for left in (mother.resolver_inbox, *(generation.warden_inbox for generation in mother.generations)):
+        program.close_inbox(left)
+    assert time.monotonic() - began < bad_worker.SLOW_SECONDS
+
+
+def test_worker_that_ends_while_another_is_waited_for_is_not_ended_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its number may be somebody else's by then."""
+    mother = program.Mother(program.Options(), program.Config(""))
+    generation = program.Generation(0, program.Config(""), (None, None, None), 1)
+    mother.generations = [generation]
+    control, _ = socket.socketpair()
+    mother.children = {pid: program.Child("worker", control, pid, generation) for pid in (1, 2)}
+    mother.handover = program.Handover({1, 2}, 0.0)
+    killed: list[int] = []
+    monkeypatch.setattr(program.os, "kill", lambda pid, _: killed.append(pid))
+    monkeypatch.setattr(program, "list_ended", lambda: [(pid, 0) for pid in tuple(mother.children)])
+    monkeypatch.setattr(program, "find_strays", lambda _: [])
+    mother.finish_reload()
+    generation.close_inbox()
+    assert len(killed) == 1
+    assert not mother.children
 
 
 @pytest.mark.parametrize("way", ["tidy", "drain"])

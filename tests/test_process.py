@@ -55,6 +55,7 @@ socks pass {
 # `sockd -V` says nothing to this one.
 AS_ANYBODY = CONFIG.replace("user.unprivileged: nobody\n", "")
 PASS_ALL = CONFIG[CONFIG.index("socks pass") :]
+REAL_TIME_SIGNAL = 40
 ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
@@ -830,6 +831,24 @@ def test_killed_helpers_are_replaced(sockd: Factory, peer: Callable[..., Any], t
         assert any(re.fullmatch(pattern, message) for message in server.messages), kind
     assert read_process(find_worker(server))
     assert len(find_children(server)) == 3
+    server.take_baseline()
+
+
+def test_children_that_a_signal_without_a_name_kills_are_replaced(
+    sockd: Factory, peer: Callable[..., Any], tmp_path: Path
+) -> None:
+    accounts = tmp_path / "accounts"
+    accounts.write_text(f"ann:{hash_password('sesame')}\n")
+    server = sockd(CONFIG.replace("socksmethod: none", f"passwordfile: {accounts}\nsocksmethod: username"))
+    children = find_children(server)
+    for pid in children:
+        os.kill(pid, REAL_TIME_SIGNAL)
+    assert len(children) == 3
+    eventually(lambda: count(server, f"exited unexpectedly on signal {REAL_TIME_SIGNAL}") == 3)
+    with Client(server.addresses[0]) as client:
+        assert client.open5(CONNECT, "localhost", peer("echo").port, (b"ann", b"sesame")).code == 0
+    for kind in ("worker", "resolver", "warden"):
+        assert count(server, f"warning: {kind} ") == 1
     server.take_baseline()
 
 
