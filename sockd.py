@@ -6771,6 +6771,31 @@ class HelperLate(DeadlinePassed):
     """A helper has not answered in time."""
 
 
+CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid (linux/socket.h)
+
+
+def read_ancillary(ancillary: Iterable[tuple[int, int, bytes]]) -> tuple[int, list[int]]:
+    """Return the sender's pid, which the kernel vouches for, and the descriptors that it has sent."""
+    pid = 0
+    descriptors: list[int] = []
+    for level, kind, value in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+            pid = CREDENTIALS.unpack(value)[0]
+        elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors += struct.unpack(f"={len(value) // 4}i", value[: len(value) // 4 * 4])
+    return pid, descriptors
+
+
+def receive_descriptors(connection: socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
+    """Receive a message and at most so many descriptors with it, which no program inherits; OSError.
+
+    In place of socket.recv_fds, which takes flags and forgets them.
+    """
+    space = socket.CMSG_LEN(4 * most)
+    data, ancillary, _, _ = connection.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
+    return data, read_ancillary(ancillary)[1]
+
+
 class Dialogue:
     """A question under way.  Its owner closes it."""
 
@@ -6788,9 +6813,7 @@ class Dialogue:
         """Return an answer and the descriptors with it; DeadlinePassed, HelperFailed."""
         self.ours.settimeout(seconds)
         try:
-            data, descriptors, _, _ = socket.recv_fds(
-                self.ours, MAX_TOKEN_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
-            )
+            data, descriptors = receive_descriptors(self.ours, MAX_TOKEN_MESSAGE_BYTES, 1)
         except TimeoutError:
             raise HelperLate(f"no answer to {self.purpose} within {seconds:.0f} seconds") from None
         except OSError as error:
@@ -6902,21 +6925,6 @@ class MalformedMessage(ProtocolError):
     def __init__(self, text: str, pid: int) -> None:
         super().__init__(text)
         self.pid = pid
-
-
-CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid (linux/socket.h)
-
-
-def read_ancillary(ancillary: Iterable[tuple[int, int, bytes]]) -> tuple[int, list[int]]:
-    """Return the sender's pid, which the kernel vouches for, and the descriptors that it has sent."""
-    pid = 0
-    descriptors: list[int] = []
-    for level, kind, value in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
-            pid = CREDENTIALS.unpack(value)[0]
-        elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            descriptors += struct.unpack(f"={len(value) // 4}i", value[: len(value) // 4 * 4])
-    return pid, descriptors
 
 
 def check_room(flags: int, descriptors: Sequence[int]) -> None:
@@ -12486,9 +12494,7 @@ class Order(enum.IntEnum):
 def receive_order(control: socket.socket) -> tuple[int, list[bytes], list[int]] | None:
     """Read the mother's next order; None when she is gone."""
     try:
-        data, descriptors, _, _ = socket.recv_fds(
-            control, MAX_MESSAGE_BYTES, MOST_LOG_TARGETS, socket.MSG_CMSG_CLOEXEC
-        )
+        data, descriptors = receive_descriptors(control, MAX_MESSAGE_BYTES, MOST_LOG_TARGETS)
     except OSError:
         return None
     if not data:
