@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,16 @@ from typing import Any
 import pytest
 from client import CONNECT, Client
 from conftest import Factory
-from servers import IS_EXECUTABLE, WITHIN, Server, Sockd, eventually, find_free_port, sockd_command
+from servers import (
+    IS_EXECUTABLE,
+    WITHIN,
+    Server,
+    Sockd,
+    eventually,
+    find_free_port,
+    read_links,
+    sockd_command,
+)
 
 import sockd as program
 
@@ -225,6 +235,22 @@ def test_passed_socket_is_served(
     check_service(server, port, peer)
     server.reload(f"{config}# again\n")
     check_service(server, port, peer)
+
+
+def test_nothing_but_the_passed_sockets_is_kept(
+    activated: Callable[..., Server],
+    peer: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    secret, port = tmp_path / "secret", find_free_port()
+    secret.write_text("of the caller")
+    leaving = ["sh", "-c", f'exec "$@" 9<{secret}', "sh"]
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **more: start([*leaving, *command], **more))
+    server = activated(f"127.0.0.1/{port}", "socks", CONFIG.replace("port = 0", f"port = {port}"))
+    check_service(server, port, peer)
+    assert not [p.pid for p in server.processes() if str(secret) in read_links(p.pid)]
 
 
 def test_passed_sockets_find_their_addresses(

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ from servers import (
     hash_password,
     need,
     parse_log,
+    read_links,
     read_process,
     run_sockd,
     sockd_command,
@@ -298,6 +300,39 @@ def test_pid_file_that_cannot_be_written_is_a_warning(sockd: Factory, peer: Call
     check_service(server, peer)
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("kind", [stat.S_IFCHR, stat.S_IFIFO], ids=["device", "fifo"])
+def test_pid_file_that_is_none_is_a_warning_and_stays(
+    kind: int, sockd: Factory, tmp_path: Path, as_root: None
+) -> None:
+    path = tmp_path / "pid"
+    os.mknod(path, kind | 0o666, os.stat(os.devnull).st_rdev)
+    server = sockd(CONFIG, "-p", str(path))
+    warning = f"warning: could not open pidfile {path} for writing: not a regular file"
+    assert warning in server.messages
+    assert server.stop() == 0
+    assert stat.S_IFMT(path.stat().st_mode) == kind
+
+
+def test_pid_file_of_a_later_server_stays(sockd: Factory) -> None:
+    first = sockd(CONFIG)
+    first.pid_path.unlink()
+    second = sockd(CONFIG, "-p", str(first.pid_path))
+    assert first.stop() == 0
+    assert first.pid_path.read_text() == f"{second.pid}\n"
+
+
+def test_start_that_fails_late_leaves_no_pid_file(tmp_path: Path) -> None:
+    pid_path, conf = tmp_path / "pid", tmp_path / "sockd.conf"
+    conf.write_text(f"logoutput: stderr\n{CONFIG}")
+    options = ["-f", str(conf), "-p", str(pid_path), "-N", "20"]  # more than there are descriptors for
+    command = ["prlimit", "--nofile=24:24", *sockd_command(), *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN, check=False)
+    assert result.returncode == 1
+    assert "cannot start the processes that serve" in result.stderr
+    assert not pid_path.exists()
+
+
 def test_second_instance_is_refused_in_one_line(
     sockd: Factory, peer: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -333,6 +368,47 @@ def test_daemon_leaves_the_terminal_but_not_the_directory(
         assert os.readlink(f"/proc/{server.pid}/fd/{descriptor}") == os.devnull
     assert os.readlink(f"/proc/{server.pid}/cwd") == str(Path.cwd())
     assert re.search(r"^Umask:\s+0022$", Path(f"/proc/{server.pid}/status").read_text(), re.MULTILINE)
+    check_service(server, peer)
+
+
+@pytest.mark.root
+def test_daemon_alone_holds_what_its_caller_waits_for(sockd: Factory, tmp_path: Path, as_root: None) -> None:
+    server = sockd(f"logoutput: {tmp_path}/log\n{CONFIG}", "-D")
+
+    def count_pipes() -> list[int]:
+        every = [read_links(process.pid) for process in server.processes()]
+        return sorted(sum(link.startswith("pipe:") for link in links) for links in every)
+
+    # The resolver has none, and the others one each, which wakes them.
+    eventually(lambda: count_pipes() == [0, 1, 1])
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("options", [(), ("-D",)], ids=["foreground", "daemon"])
+def test_what_the_caller_left_open_is_in_no_process(
+    options: tuple[str, ...],
+    sockd: Factory,
+    peer: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    as_root: None,
+) -> None:
+    """And the configuration may come from there."""
+    secret = tmp_path / "secret"
+    secret.write_text("of the caller")
+    config = f"logoutput: {tmp_path}/log\n{CONFIG}"
+    script = (
+        f"exec \"$@\" -f /dev/fd/8 9<{secret} 8<<'END'\n{config}END\n"  # a pipe, or a file without a name
+    )
+    launcher = ["sh", "-c", script, "sh", *sockd_command()]
+    monkeypatch.setattr(Sockd, "command", lambda _: launcher)
+    server = sockd(config, *options)
+    held = [read_links(process.pid) for process in server.processes()]
+    assert len(held) == 3 and all(held)
+    assert not [links for links in held if str(secret) in links]
+    check_service(server, peer)
+    server.reload()  # what it came from is gone
+    assert count(server, "config not reloaded") == 1
     check_service(server, peer)
 
 
