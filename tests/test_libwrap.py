@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ from typing import Any
 import pytest
 from client import BIND, CONNECT, UDP_ASSOCIATE, Client, UdpClient
 from conftest import Factory
-from more_peers import IPV4_HEAD, rule
-from servers import DidNotStart, Server, World, eventually, run_sockd
+from more_peers import IPV4_HEAD, rule, wait_for_record
+from servers import DidNotStart, Server, World, eventually, read_process, run_sockd
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("as_root")]
 StartPeer = Callable[..., Any]
@@ -203,6 +204,70 @@ def test_command_runs_as_user_libwrap_and_nobody_else(
     assert lines[0][1:] == [number] * 4
     assert (int(lines[2][1], 16), int(lines[3][1], 16)) == (1, 0)  # libwrap itself ignores SIGHUP
     assert [text[0] for text in lines[4:]] == ["0", "1", "2", "3"]  # 3 is the folder that ls lists
+
+
+def test_command_outlives_a_worker(
+    sockd: Factory, private_world: World, open_folder: Path, peer: StartPeer
+) -> None:
+    """What goes on in the background falls to the mother, and so does what a hijacked worker leaves."""
+    out = open_folder / "pid"
+    server = sockd(config(f"libwrap: spawn (sleep 600 & echo $! >> {out})"), world=private_world)
+    target = peer("echo").address
+    assert is_served(server, target)
+    command = int(out.read_text())
+    try:
+        worker = [record.pid for record in server.log if record.message.endswith(" running")][-1]
+        os.kill(worker, signal.SIGKILL)
+        wait_for_record(server, f"worker {worker} exited unexpectedly")
+        eventually(lambda: (process := read_process(command)) and process.parent == server.pid)
+        assert is_served(server, target)
+        assert read_process(command).state == "S"  # type: ignore[union-attr]
+    finally:
+        for line in out.read_text().splitlines():
+            os.kill(int(line), signal.SIGKILL)
+    eventually(lambda: len(server.processes()) == 4)
+    server.take_baseline()
+
+
+def test_checking_a_line_does_nothing(
+    sockd: Factory, private_world: World, open_folder: Path, peer: StartPeer
+) -> None:
+    """libwrap sets variables and the umask even where it is only to check."""
+    out = open_folder / "out"
+    text = config("", f"libwrap: spawn (umask; env) > {out}")
+    never = "".join(
+        rule("client pass", "from: 127.9.0.1/32 to: 0/0", f"libwrap: {line}")
+        for line in ("setenv OF_ANOTHER_RULE yes", "umask 0")
+    )
+    server = sockd(text.replace("client pass", f"{never}client pass", 1), world=private_world)
+    server.reload()
+    assert "Umask:\t0022\n" in Path(f"/proc/{server.pid}/status").read_text()
+    assert is_served(server, peer("echo").address)
+    lines = out.read_text().splitlines()
+    assert lines[0] == "0022"
+    assert not [line for line in lines if line.startswith("OF_ANOTHER_RULE")]
+
+
+@pytest.mark.parametrize("target", ["stderr {folder}/{name}", "{folder}/{name}"])
+def test_command_has_no_log_that_a_reload_has_opened(
+    sockd: Factory, private_world: World, open_folder: Path, peer: StartPeer, target: str
+) -> None:
+    """The warden of an older configuration is given it, as the sessions are that may still ask."""
+    out = open_folder / "out"
+    text = config("", f"libwrap: spawn ls -l /proc/self/fd > {out}")
+    first, second = (target.format(folder=open_folder, name=name) for name in ("one", "two"))
+    server = sockd(f"logoutput: {first}\n{text}", world=private_world)
+    with Client(server.addresses[0]) as client:
+        client.greet()
+        server.config_path.write_text(f"logoutput: {second}\n{text}")
+        server.signal(signal.SIGHUP)
+        log = open_folder / "two"
+        eventually(lambda: log.exists() and "config reloaded" in log.read_text())
+        assert client.request5(CONNECT, *peer("echo").address).code == 0
+    assert "pipe" not in out.read_text()
+    assert not [line for line in out.read_text().splitlines() if line.endswith(("/one", "/two"))]
+    eventually(lambda: len(server.processes()) == 4)
+    server.take_baseline()
 
 
 def test_aclexec_blocks_when_its_command_fails(sockd: Factory, private_world: World, peer: StartPeer) -> None:
