@@ -407,6 +407,25 @@ def test_ordinary_user_can_run_it(ordinary_sockd: Callable[..., Server], peer: C
     assert any(threads_of(pid)[0]["NoNewPrivs"] == "1" for pid in workers)
 
 
+def test_capabilities_lent_to_an_ordinary_user_stay_with_the_mother_and_the_warden(
+    ordinary_sockd: Callable[..., Server], peer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by AmbientCapabilities= in a unit of systemd."""
+    lent = "+net_bind_service,+dac_read_search"
+    command = Sockd.command(Sockd.__new__(Sockd))
+    command[1:1] = [f"--inh-caps={lent}", f"--ambient-caps={lent}"]
+    monkeypatch.setattr(Sockd, "command", lambda _: command)
+    server = ordinary_sockd(CONFIG)
+    use_connect(server.addresses[0], peer, "localhost", "127.0.0.1")
+    children = [p.pid for p in server.processes() if p.parent == server.pid]
+    wardens = [pid for pid in children if threads_of(pid)[0]["NoNewPrivs"] == "0"]
+    assert (len(children), len(wardens)) == (3, 1)
+    for pid in (server.pid, *wardens):
+        assert int(threads_of(pid)[0]["CapAmb"], 16) == 1 << 10 | 1 << 2
+    for pid in set(children) - set(wardens):
+        check_powerless(pid)
+
+
 def test_ordinary_user_cannot_have_a_jail(ordinary_sockd: Callable[..., Server], jail: Path) -> None:
     with pytest.raises(AssertionError, match="exit status 1") as refused:
         ordinary_sockd(CONFIG, "--chroot", str(jail))
