@@ -7051,8 +7051,8 @@ PASSWD_FILE = "/etc/passwd"
 SECONDS_PER_DAY = 86400
 MOST_KEYTAB_BYTES = 1 << 20  # some thousand keys
 PAM_TTY, PAM_RHOST, PAM_RUSER, PAM_XDISPLAY = 3, 4, 8, 11  # security/_pam_types.h
-# PAM_OPEN_ERR, _SYMBOL_ERR, _SERVICE_ERR, _SYSTEM_ERR, _BUF_ERR, _AUTHINFO_UNAVAIL, _ABORT
-PAM_OWN_FAULTS = frozenset({1, 2, 3, 4, 5, 9, 26})  # security/_pam_types.h
+# PAM_OPEN_ERR, _SYMBOL_ERR, _SERVICE_ERR, _SYSTEM_ERR, _BUF_ERR, _AUTHINFO_UNAVAIL, _ABORT, _MODULE_UNKNOWN
+PAM_OWN_FAULTS = frozenset({1, 2, 3, 4, 5, 9, 26, 28})  # security/_pam_types.h
 IDENT_PORT = 113  # RFC 1413
 IDENT_SECONDS = 10.0  # As Dante.
 IDENT_BYTES = 1000  # RFC 1413 section 4: a reply has at most 1000 characters
