@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import login_peers
 import pytest
 from client import CONNECT, Client
 from conftest import Factory
-from servers import Server, eventually, hash_password
+from servers import Server, World, eventually, hash_password
 
 import sockd as program
 
@@ -89,6 +90,63 @@ def log_in(server: Server, source: str, password: bytes, port: int) -> bool:
             return False
 
 
+def slowing_line(source: str) -> str:
+    return f"warning: {FREE} wrong log-ins from {source}: slowing it down"
+
+
+def fail_until_slowed(server: Server, source: str) -> None:
+    """Guess as often as is free, and wait until that has been counted, as all before it has been."""
+    for _ in range(FREE):
+        assert not log_in(server, source, b"wrong", 1)
+    eventually(lambda: slowing_line(source) in server.messages)
+
+
+def test_log_in_that_cannot_be_checked_is_not_a_guess(
+    sockd: Factory, peer: Callable[..., Any], tmp_path: Path
+) -> None:
+    accounts, away = tmp_path / "accounts", tmp_path / "away"
+    accounts.write_text(f"ann:{hash_password('sesame')}\n")
+    server = sockd(CONFIG.format(accounts=accounts, penalty="yes"))
+    accounts.rename(away)
+    for _ in range(FREE):
+        assert not log_in(server, "127.0.0.9", b"sesame", 1)
+    away.rename(accounts)
+    fail_until_slowed(server, "127.0.0.8")
+    assert slowing_line("127.0.0.9") not in server.messages
+    assert log_in(server, "127.0.0.9", b"sesame", peer("echo").port)
+    fail_until_slowed(server, "127.0.0.9")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("module", "is_guess"),
+    [
+        ("pam_debug.so auth=service_err", False),
+        ("pam_debug.so auth=authinfo_unavail", False),
+        ("pam_no_such_module.so", False),
+        ("pam_debug.so auth=auth_err", True),
+        ("pam_debug.so auth=user_unknown", True),
+    ],
+    ids=lambda value: str(value).rpartition("=")[2],
+)
+def test_fault_of_pams_own_is_not_a_guess(
+    sockd: Factory, private_world: World, tmp_path: Path, module: str, is_guess: bool
+) -> None:
+    login_peers.need_pam()
+    world = login_peers.write_pam_services(private_world, tmp_path / "pam")
+    for service, auth in (("sockd", module), ("wrong", "pam_deny.so")):
+        lines = f"auth required {auth}\naccount required pam_permit.so\n"
+        (tmp_path / "pam" / "pam.d" / service).write_text(lines)
+    config = CONFIG.format(accounts="none", penalty="yes").replace("passwordfile: none\n", "")
+    config = config.replace("socksmethod: username", "socksmethod: pam.username\nuser.privileged: root")
+    by_source = "socks pass { from: 127.0.0.8/32 to: 0/0 pam.servicename: wrong }\nsocks pass"
+    server = sockd(config.replace("socks pass", by_source), world=world)
+    for _ in range(FREE):
+        assert not log_in(server, "127.0.0.9", b"sesame", 1)
+    fail_until_slowed(server, "127.0.0.8")
+    assert (slowing_line("127.0.0.9") in server.messages) is is_guess
+
+
 @pytest.mark.parametrize("penalty", ["yes", "no"])
 def test_guesser_is_named_in_the_log_and_others_are_served(
     sockd: Factory, peer: Callable[..., Any], tmp_path: Path, penalty: str
@@ -100,7 +158,7 @@ def test_guesser_is_named_in_the_log_and_others_are_served(
     for _ in range(FREE):
         assert not log_in(server, "127.0.0.9", b"wrong", port)
     assert log_in(server, "127.0.0.8", b"sesame", port)
-    line = f"warning: {FREE} wrong log-ins from 127.0.0.9: slowing it down"
+    line = slowing_line("127.0.0.9")
     if penalty == "yes":
         eventually(lambda: line in server.messages)
     assert log_in(server, "127.0.0.9", b"sesame", port)
