@@ -1,0 +1,125 @@
+"""Look-ups: a source of clients has a share of them, so that names which nobody answers hold up no other."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client import CONNECT, Client, request5
+from more_peers import IPV4_HEAD, SOCKS_PASS, NameServer, rule, world_that_asks
+from servers import Server, Sockd, World, eventually
+from test_ipc import is_calm
+
+import sockd as program
+
+StartPeer = Callable[..., Any]
+SOURCE, OTHER = "127.0.0.8", "127.0.0.9"
+SHARE = program.LOOKUP_SHARE
+
+
+# ------------------------------ without a server ------------------------------
+
+
+def test_share_is_bounded() -> None:
+    shares = program.Shares(2)
+    for _ in range(2):
+        shares.take(SOURCE, 0.0)
+    with pytest.raises(program.HelperLate, match="2 look-ups for"):
+        shares.take(SOURCE, 0.0)
+    shares.take(OTHER, 0.0)
+    shares.give_back(SOURCE)
+    shares.take(SOURCE, 0.0)
+
+
+def test_who_waits_for_a_share_gets_what_is_given_back() -> None:
+    shares = program.Shares(1)
+    shares.take(SOURCE, 0.0)
+    waiting = threading.Thread(target=shares.take, args=(SOURCE, 60.0))
+    waiting.start()
+    eventually(lambda: shares.held[SOURCE][1] == 2)
+    shares.give_back(SOURCE)
+    waiting.join()
+    assert shares.held[SOURCE][1] == 1
+
+
+def test_nothing_is_left_of_shares_that_were_given_back_or_not_had() -> None:
+    shares = program.Shares(1)
+    for source in (SOURCE, OTHER):
+        shares.take(source, 0.0)
+        with pytest.raises(program.HelperLate):
+            shares.take(source, 0.0)
+    for source in (SOURCE, OTHER):
+        shares.give_back(source)
+    assert shares.held == {}
+
+
+def test_networks_of_ipv6_are_one_source() -> None:
+    hosts = ("2001:db8::1", "2001:db8::ffff:1", "2001:db8:0:1::1")
+    assert [program.Failures.find_source(host) for host in hosts] == [
+        "2001:db8::/64", "2001:db8::/64", "2001:db8:0:1::/64",
+    ]  # fmt: skip
+
+
+# ------------------------------ with one ------------------------------
+
+CONFIG = IPV4_HEAD + rule("client pass", "from: 0/0 to: 0/0") + SOCKS_PASS
+PATIENT = "options attempts:1 timeout:30\n"
+
+
+@pytest.fixture
+def names() -> Iterator[NameServer]:
+    """A name server that answers for quick.test and never for N.slow.test."""
+    silent: dict[str, list[list[str]] | None] = {f"{n}.slow.test": None for n in range(256)}
+    with contextlib.closing(NameServer({"quick.test": [["127.0.0.1"]], **silent})) as server:
+        yield server
+
+
+def ask_in_vain(server: Server, stack: contextlib.ExitStack, count: int) -> None:
+    """Have clients of one source ask for as many names that nobody answers for."""
+    for number in range(count):
+        client = stack.enter_context(Client(server.addresses[0], source=(SOURCE, 0)))
+        client.greet()
+        client.send(request5(CONNECT, f"{number}.slow.test", 80))
+
+
+def is_quick(server: Server, source: str, port: int) -> bool:
+    with Client(server.addresses[0], source=(source, 0)) as client:
+        return client.open5(CONNECT, "quick.test", port).code == 0
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("workers", [1, 2])
+def test_source_whose_names_nobody_answers_holds_up_no_other(
+    private_world: World, names: NameServer, tmp_path: Path, peer: StartPeer, workers: int
+) -> None:
+    world = world_that_asks(names, private_world, tmp_path)
+    patient = tmp_path / "patient.conf"
+    patient.write_text(f"nameserver {names.host}\n{PATIENT}")
+    world = dataclasses.replace(world, files={**world.files, "/etc/resolv.conf": patient})
+    server = Sockd(CONFIG, tmp_path / "sockd", ("-N", str(workers)), world)
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.kill)
+        ask_in_vain(server, stack, 256)
+        eventually(lambda: len(names.asked) >= SHARE // 2)
+        eventually(lambda: is_calm(server))  # nobody is about to ask for one more
+        assert is_quick(server, OTHER, peer("echo").port)
+        assert len(names.asked) <= SHARE + 1
+        assert server.stop() == 0
+        server.check_text()
+
+
+@pytest.mark.root
+def test_look_up_beyond_the_share_waits_and_is_answered(
+    private_world: World, names: NameServer, tmp_path: Path, sockd: Any, peer: StartPeer
+) -> None:
+    server = sockd(CONFIG, world=world_that_asks(names, private_world, tmp_path))
+    with contextlib.ExitStack() as stack:
+        ask_in_vain(server, stack, SHARE + 1)
+        eventually(lambda: len(names.asked) >= SHARE)
+        assert is_quick(server, SOURCE, peer("echo").port)
+    assert names.asked[f"{SHARE}.slow.test"]
