@@ -159,6 +159,20 @@ def test_log_that_cannot_be_opened_is_a_warning(
     visit(server, peer)
 
 
+def test_log_that_nobody_reads_holds_nothing_up(
+    sockd: Factory, peer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Opening a FIFO waits for who reads there."""
+    for name in ("first", "second"):
+        os.mkfifo(tmp_path / name)
+    server = sockd(f"logoutput: {tmp_path}/log {tmp_path}/first\n{CONFIG}")
+    server.reload(f"logoutput: {tmp_path}/log {tmp_path}/second\n{CONFIG}")
+    for name, begin in (("first", "warning: "), ("second", "error: SIGHUP ]: config not reloaded: ")):
+        line = f'{begin}could not open logfile "{tmp_path}/{name}": No such device or address'
+        assert line in server.messages
+    visit(server, peer)
+
+
 def test_only_log_that_cannot_be_opened_is_told_on_stderr(tmp_path: Path) -> None:
     port, errors = find_free_port(), tmp_path / "err"
     config = tmp_path / "sockd.conf"
