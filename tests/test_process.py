@@ -39,6 +39,8 @@ from servers import (
     sockd_command,
 )  # fmt: skip
 
+import sockd as program
+
 CONFIG = """\
 internal: 127.0.0.1 port = 0
 external: 127.0.0.1
@@ -967,3 +969,20 @@ def test_no_zombie_is_left_by_anything(sockd: Factory, peer: Callable[..., Any],
     eventually(lambda: not [p for p in server.processes() if p.state == "Z"])
     eventually(lambda: len(server.processes()) == 4 and count(server, " running") == 2)
     server.take_baseline()
+
+
+def test_error_in_the_mothers_loop_is_logged_and_leaves_no_pid_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: program.Mother) -> int:
+        raise RuntimeError("a bug")
+
+    said: list[str] = []
+    monkeypatch.setattr(program, "keep_only", lambda _: None, raising=False)
+    monkeypatch.setattr(program.Mother, "start", program.Mother.take_pidfile)
+    monkeypatch.setattr(program.Mother, "run", fail)
+    monkeypatch.setattr(program.Log, "write", lambda _, level, text: said.append(f"{level}: {text}"))
+    path = tmp_path / "pid"
+    assert program.serve(program.Options(pidfile=str(path)), program.Config("")) == 1
+    assert re.fullmatch(r"error: internal error: RuntimeError at .*: a bug", "".join(said))
+    assert not path.exists()

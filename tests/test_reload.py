@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import socket
+import subprocess
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,16 @@ import pytest
 from client import BIND, CONNECT, Client
 from conftest import Factory
 from servers import (
+    IS_EXECUTABLE,
     Server,
+    Sockd,
     World,
     check_configuration,
     eventually,
     find_children,
     find_free_port,
     hash_password,
+    need,
     read_process,
 )
 from test_socket_options import (
@@ -670,3 +676,32 @@ def test_log_that_cannot_be_opened_again_is_kept(sockd: Factory, tmp_path: Path,
     server.signal(signal.SIGHUP)
     eventually(lambda: (folder / "log").exists() and "SIGHUP ]" in (folder / "log").read_text())
     server.take_baseline()
+
+
+@pytest.mark.parametrize(
+    ("right", "changed"),
+    [("socksmethod: none", "sockmethod: none"), ("client pass {", "client pass { session.max: 5")],
+    ids=["typo", "limit"],
+)
+def test_reload_without_the_library_of_python_is_refused(
+    peer: StartPeer, tmp_path: Path, right: str, changed: str
+) -> None:
+    """As where an upgrade has taken away what is imported only when it is needed."""
+    if IS_EXECUTABLE:
+        return  # which has all in memory
+    need(shutil.which("nsenter"), "nsenter is missing")
+    server = Sockd(PLAIN, tmp_path / "sockd", world=World({}))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    try:
+        enter = ["nsenter", f"--mount=/proc/{server.pid}/ns/mnt", "mount", "--bind"]
+        subprocess.run([*enter, str(empty), sysconfig.get_path("stdlib")], check=True)
+        server.reload(PLAIN.replace(right, changed))
+        (line,) = [message for message in server.messages if message.startswith("error: ")]
+        assert line.startswith("error: SIGHUP ]: config not reloaded: internal error: ModuleNotFoundError ")
+        with Client(server.addresses[0]) as client:
+            assert client.open5(CONNECT, *peer("echo").address).code == 0
+        assert server.stop() == 0
+        assert "Traceback" not in server.text
+    finally:
+        server.kill()
