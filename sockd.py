@@ -5231,6 +5231,7 @@ M_ARENA_MAX = -8  # malloc.h
 MADV_DONTNEED = 4  # asm-generic/mman-common.h
 SIOCATMARK = 0x8905  # asm-generic/sockios.h
 FIONREAD = 0x541B  # asm-generic/ioctls.h
+SIOCOUTQ = 0x5411  # linux/sockios.h
 AF_INET_FAMILY = {socket.AF_INET: 4, socket.AF_INET6: 6}
 FAMILY_OF = {4: socket.AF_INET, 6: socket.AF_INET6}
 
@@ -6180,6 +6181,19 @@ def check_bindable(endpoint: Endpoint) -> None:
     with socket.socket(FAMILY_OF[endpoint.family], socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
         probe.bind(socket_address(endpoint))
+
+
+def is_own_listener(endpoint: Endpoint, listening: Container[Endpoint]) -> bool:
+    """Tell whether who connects to an endpoint would come to one of these listeners."""
+    if endpoint in listening:
+        return True
+    if Endpoint("0.0.0.0" if endpoint.family == 4 else "::", endpoint.port, endpoint.family) not in listening:
+        return False
+    try:
+        check_bindable(endpoint._replace(port=0))
+    except OSError:
+        return False
+    return True
 
 
 def bind_external(outgoing: socket.socket, external: Endpoint, client: Endpoint) -> None:
@@ -7918,6 +7932,7 @@ MOST_VERDICTS = 256  # per association: datagram verdicts remembered
 LOGS_DATAGRAMS = frozenset({"ioop", "data"})
 UDP_HEADER_BYTES = {ATYP_IPV4: 10, ATYP_IPV6: 22}  # those of one length (RFC 1928 section 7)
 UDP_BATCH = 32  # datagrams read from one socket before the others have their turn
+DELIVERY_MILLISECONDS = 50  # how often the kernel is asked whether a peer has all that was sent to it
 UNHEARD_SECONDS = 0.25  # how often a session that waits for bandwidth and hears nothing looks up
 UDP_ORPHAN_SECONDS = 5.0  # an association outlives its client's FIN as long as it sends this often
 
@@ -7983,6 +7998,7 @@ class SideFailed(SockdError):
     def __init__(self, side: Side, error: OSError) -> None:
         super().__init__(f"{side.title} error ({error.strerror})")
         self.side = side
+        self.number = error.errno
 
 
 class Side:
@@ -8086,6 +8102,17 @@ class Side:
             self.pipe = None
             self.size = FIRST_READ_BYTES
 
+    def read_away(self) -> bool:
+        """Read what nobody wants any more; tell whether that was the FIN.  SideFailed."""
+        try:
+            data = self.connection.recv(BULK_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise SideFailed(self, error) from None
+        self.received += len(data)
+        return not data
+
     def receive_urgent(self) -> bytes | None:
         """Return the urgent byte if the stream has come to it, else None."""
         mark = bytearray(4)
@@ -8145,14 +8172,24 @@ def part_sides(client: Side, target: Side) -> None:
     del client.peer, target.peer
 
 
-def readable_bytes(connection: socket.socket) -> int:
-    """Return how much waits to be read; of datagrams the length of the first."""
+def ask_for_count(connection: socket.socket, question: int) -> int:
+    """Return what an ioctl(2) says of a socket's queue; 0 where it cannot be asked."""
     count = bytearray(4)
     try:
-        fcntl.ioctl(connection.fileno(), FIONREAD, count)
+        fcntl.ioctl(connection.fileno(), question, count)
     except OSError:
         return 0
     return int.from_bytes(count, sys.byteorder)
+
+
+def readable_bytes(connection: socket.socket) -> int:
+    """Return how much waits to be read; of datagrams the length of the first."""
+    return ask_for_count(connection, FIONREAD)
+
+
+def unsent_bytes(connection: socket.socket) -> int:
+    """Return how much the other end has not yet said to have; a FIN counts as one (tcp(7), SIOCOUTQ)."""
+    return ask_for_count(connection, SIOCOUTQ)
 
 
 class SealedSide(Side):
@@ -8269,16 +8306,74 @@ class TcpRelay:
                 return self._run_watched() if self.budget or self.meter else self._run()
         except SideFailed as failure:
             self.failed = failure.side
-            failure.side.peer.reset()
-            if failure.side.finished:
-                # Its FIN came first: the failure only says that nobody reads there any more.
+            if failure.side.finished or failure.number == errno.EPIPE:
+                # Its FIN came first, be it read or not (tcp_reset in Linux): nobody reads there any more.
+                self._deliver(failure.side)
                 return CLIENT_CLOSED if failure.side is self.client else TARGET_CLOSED
+            failure.side.peer.reset()
             return str(failure)
         finally:
             self._count()
             self.client.leave_pipe()
             self.target.leave_pipe()
             part_sides(self.client, self.target)
+
+    def _deliver(self, side: Side) -> None:
+        """Let the peer have all that a side which has gone had sent before its FIN.
+
+        To close before the peer's system has it would lose it: what the peer may still send is for nobody,
+        and the answer to that is a reset.  It is not waited for longer than for any half-closed session.
+        """
+        peer, idle = side.peer, self.timeouts.io_tcp or NO_DEADLINE
+        side.may_splice = False
+        state, active = (-1, -1), 0.0
+        try:
+            while not self._is_delivered(side):
+                if (peer.sent, unsent_bytes(peer.connection)) != state:
+                    state = peer.sent, unsent_bytes(peer.connection)
+                    active = time.monotonic()
+                if time.monotonic() >= min(active + idle, self.finished_at):
+                    peer.reset()  # what it has is not to look like the whole
+                    return
+                self._deliver_more(side)
+        except SideFailed:
+            pass  # the peer has gone, too
+
+    def _is_delivered(self, side: Side) -> bool:
+        """Tell whether the peer's system has it all, or will have it, as the peer sends nothing any more."""
+        peer = side.peer
+        if peer.backlog or side.piped or not side.finished:
+            return False
+        return peer.finished or not unsent_bytes(peer.connection)
+
+    def _deliver_more(self, side: Side) -> None:
+        """Send the peer more, or the FIN behind the last of it, and throw away what it sends itself."""
+        peer = side.peer
+        if not (peer.backlog or side.piped or side.finished):
+            data = side.receive()
+            side.finished = not data
+            if data:
+                self._pass_on(side, data)
+        if side.finished and not (peer.backlog or side.piped):
+            peer.finish_sending()
+        poller, descriptor = select.poll(), peer.connection.fileno()
+        wanted = 0 if peer.finished else select.POLLIN
+        poller.register(descriptor, wanted | (select.POLLOUT if peer.backlog or side.piped else 0))
+        mask = dict(poller.poll(DELIVERY_MILLISECONDS if side.finished else 0)).get(descriptor, 0)
+        if mask & (select.POLLIN | FAILED):
+            peer.finished = peer.read_away() or peer.finished
+        if mask & select.POLLOUT and peer.backlog:
+            peer.send(peer.backlog)
+        elif mask & select.POLLOUT:
+            side.drain_pipe()
+
+    def _pass_on(self, side: Side, data: bytes) -> None:
+        """Send the peer what a side has sent, pay for it, and have it observed."""
+        if self.observe is not None:
+            self.observe(side, data)
+        if self.budget is not None:
+            self.budget.give_back(-len(data))
+        side.peer.send(data)
 
     def _run(self) -> str:
         for side in (self.client, self.target):
@@ -9589,6 +9684,7 @@ class Serving(NamedTuple):
     resolver: Channel
     warden: Channel
     shares: Shares
+    listening: frozenset[Endpoint] = frozenset()  # where clients are taken
     keepalive: bool = True
     counts: Counts | None = None  # None: no rule limits its sessions
     upstreams: Upstreams | None = None  # None: there is no route
@@ -10667,6 +10763,11 @@ def run_relay(session: Session, records: TcpRecords, client: Side, target: Side)
     return reason
 
 
+# The beginning of Dante's words.  A session through ourselves would be one of our own host, to the rules as
+# well as to their limits, and one client could have as many as there is room for.
+CONNECT_TO_OURSELVES = "client is requesting a connection to the same address we listen to new clients on"
+
+
 class ConnectRequest:
     """CONNECT (RFC 1928 section 4): judge, connect, answer, relay."""
 
@@ -10809,7 +10910,13 @@ class ConnectRequest:
 
     def open_for(self, rule: Rule, route: Route) -> Callable[[Endpoint], socket.socket]:
         """Return what opens the sockets of the race."""
-        return lambda target: self.session.open_external(rule, target, route)
+
+        def open_checked(target: Endpoint) -> socket.socket:
+            if is_own_listener(target, self.session.serving.listening):
+                raise Refused(f"{CONNECT_TO_OURSELVES}: {target}")
+            return self.session.open_external(rule, target, route)
+
+        return open_checked
 
     def end_unconnected(self, rule: Rule, source: Endpoint, target: Endpoint, reason: str) -> None:
         """Record a connect that failed after it was under way.  As Dante: like the end of a session."""
@@ -14270,7 +14377,10 @@ class Mother:
         upstreams = Upstreams(config, self.log) if config.routes else None
         policy, keepalive = Policy(config), self.options.keepalive
         shares = Shares(max(1, LOOKUP_SHARE // self.count_workers(config)))
-        return Serving(config, policy, self.log, resolver, warden, shares, keepalive, counts, upstreams)
+        listening = frozenset(endpoint_of(listener.getsockname()) for listener in self.listeners.values())
+        return Serving(
+            config, policy, self.log, resolver, warden, shares, listening, keepalive, counts, upstreams
+        )
 
     def be_worker(self, generation: Generation, control: socket.socket, number: int) -> int:
         """The life of a worker, in its process."""

@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import count_garbage
@@ -378,3 +379,91 @@ def test_a_session_leaves_nothing_to_the_garbage_collector(
                 assert client.receive(100) == b"x" * 100
             eventually(lambda: ask_for_garbage(server)[-1][1] == 0)
         assert sum(garbage for garbage, _ in ask_for_garbage(server)[1:]) == 0
+
+
+# ------------------------------ a side that has finished and gone ------------------------------
+
+
+CLOSE_WAIT = "08"  # the other end's FIN has come (include/net/tcp_states.h)
+
+
+def list_states(port: int) -> list[str]:
+    """List the states of the connections of this network to a port, from the side that has made them."""
+    with open("/proc/thread-self/net/tcp") as table:
+        rows = [line.split() for line in table][1:]
+    return [row[3] for row in rows if int(row[2].split(":")[1], 16) == port]
+
+
+def say_to_nobody(connection: socket.socket, far_port: int) -> None:
+    """Send what the other end, who has closed, answers with a reset; and once more behind that."""
+    eventually(lambda: CLOSE_WAIT in list_states(far_port))
+    connection.sendall(b"more")
+    eventually(lambda: CLOSE_WAIT not in list_states(far_port))
+    connection.sendall(b"and more")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", LOGGED], ids=["spliced", "copied"])
+@pytest.mark.parametrize("size", [200_000, 1_500_000, BULK_BYTES])
+def test_all_that_a_target_sent_before_it_closed_arrives(server: Server, host: str, size: int) -> None:
+    """Whatever the client still says: a close_notify of TLS, say."""
+
+    def give(connection: socket.socket, seen: Seen) -> None:
+        connection.recv(1)
+        connection.sendall(pattern(size))
+        connection.close()
+        seen.end = "closed"
+
+    with bulk_under_way(server, give, host) as (target, client):
+        address = client.address
+        client.send(b".")
+        taken = receive_much(client, max(0, size - (4 << 20)))
+        eventually(lambda: target.seen and target.seen[0].end)
+        say_to_nobody(client.sock, target.port)
+        assert taken + client.receive_all() == pattern(size)
+    line = wait_for_line(server, address, "tcp/connect ]:")
+    assert f" ]: {size} -> " in line
+    assert ": remote peer closed." in line
+
+
+def test_all_that_a_client_sent_before_it_closed_arrives(server: Server) -> None:
+    size, port = 1_500_000, Queue[int]()
+
+    def take(connection: socket.socket, seen: Seen) -> None:
+        say_to_nobody(connection, port.get())
+        while data := connection.recv(1 << 20):
+            seen.data += data
+        seen.end = "FIN"
+
+    with bulk_under_way(server, take) as (target, client):
+        address = client.address
+        client.sock.sendall(pattern(size))
+        client.close()
+        port.put(address[1])
+        eventually(lambda: target.seen and target.seen[0].end)
+        assert target.seen[0].data == pattern(size)
+    line = wait_for_line(server, address, "tcp/connect ]:")
+    assert f" -> {size}, {size} -> " in line
+    assert ": local client closed." in line
+
+
+def test_client_that_never_reads_what_a_closed_target_sent_is_not_waited_for(
+    sockd: Any, private_world: World
+) -> None:
+    limited = EVERYTHING.replace("socks pass {", "socks pass {\n    timeout.tcp_fin_wait: 1", 1)
+    server, size = sockd(limited, world=private_world), 3_000_000
+
+    def give(connection: socket.socket, seen: Seen) -> None:
+        connection.recv(1)
+        connection.sendall(pattern(size))
+        connection.close()
+        seen.end = "closed"
+
+    with target_that(give) as target, Client(server.addresses[0]) as client:
+        assert client.open5(CONNECT, "127.0.0.1", target.port).code == 0
+        address = client.address
+        client.send(b".")
+        eventually(lambda: target.seen and target.seen[0].end)
+        say_to_nobody(client.sock, target.port)
+        wait_for_line(server, address, "tcp/connect ]:")
+        with pytest.raises(ConnectionResetError):  # not to be taken for the whole
+            client.receive_all()
