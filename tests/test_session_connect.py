@@ -29,6 +29,7 @@ from client import (
     request5,
     whole,
 )
+from conftest import Factory
 from more_peers import (
     CLIENT_PASS,
     EVERYTHING,
@@ -389,6 +390,43 @@ def list_connecting() -> set[str]:
         rows = [line.split() for line in table][1:]
     waiting = [row[2].split(":")[0] for row in rows if row[3] == "02"]
     return {socket.inet_ntoa(bytes.fromhex(text)[::-1]) for text in waiting}
+
+
+# ------------------------------ the server's own listeners ------------------------------
+
+OURSELVES = "client is requesting a connection to the same address we listen to new clients on"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::ffff:127.0.0.1", b"localhost", b"127.1"])
+@pytest.mark.parametrize("factory", ["sockd", "danted"], indirect=True)
+def test_nobody_is_connected_to_the_server_itself(
+    factory: Factory, private_world: World, host: str | bytes
+) -> None:
+    """Through itself a client would be one of the server's own host, and as many as it likes."""
+    server = factory(IPV4_HEAD + CLIENT_PASS + SOCKS_PASS, world=private_world)
+    with Client(server.addresses[0]) as client:
+        assert client.open5(CONNECT, host, server.port).code == 2
+        address = client.address
+    assert OURSELVES in wait_for_line(server, address, "block(1): tcp/connect ]:")
+
+
+def test_nobody_is_connected_to_another_listener_of_the_server(server: Server) -> None:
+    for here, there in (server.addresses[:2], server.addresses[1::-1]):
+        with Client(here) as client:
+            assert client.open5(CONNECT, *there).code == 2
+    with Client(server.addresses[0]) as client:
+        assert client.request4(CONNECT, *server.addresses[0]).code == REJECTED
+
+
+def test_wildcard_listens_at_every_address_of_the_machine(sockd: Factory, peer: StartPeer) -> None:
+    config = (IPV4_HEAD + CLIENT_PASS + SOCKS_PASS).replace("internal: 127.0.0.1", "internal: 0.0.0.0")
+    server = sockd(config)
+    at = ("127.0.0.1", server.port)
+    for host in ("127.0.0.1", "127.0.0.77"):
+        with Client(at) as client:
+            assert client.open5(CONNECT, host, server.port).code == 2
+    with Client(at) as client:
+        assert client.open5(CONNECT, "127.0.0.77", peer("echo", "127.0.0.77").port).code == 0
 
 
 # ------------------------------ names ------------------------------

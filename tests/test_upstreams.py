@@ -955,6 +955,22 @@ def test_names_in_datagrams_are_resolved_at_the_upstream(
         assert len(target.seen) == 1
 
 
+def test_upstream_is_asked_for_the_name_that_was_judged(sockd: Factory) -> None:
+    """What follows a "%" in a name is no scope: else a rule that blocks the name would not block it so."""
+    rules = rule("socks block", "from: 0/0 to: .secret.corp", LOG) + PASS
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as relay_there:
+        relay_there.bind(("127.0.0.1", 0))
+        relay_there.settimeout(10)
+        bound = b"\x05\0\0\1\x7f\0\0\1" + struct.pack("!H", relay_there.getsockname()[1])
+        with upstream(METHOD_NONE, bound) as proxy:
+            server = sockd(HEAD + rules + route(proxy.address, **UDP_ROUTE, resolve="there"))
+            with associated(server) as (_, udp, relay):
+                udp.send(relay, "a.secret.corp", 9, b"ping")
+                wait_for_record(server, "block(1): udp/udpassociate -", "a.secret.corp")
+                udp.send(relay, "a.secret.corp%lo", 9, b"ping")
+                assert relay_there.recv(999) == wrap("a.secret.corp%lo", 9, b"ping")
+
+
 def test_datagrams_take_the_route_of_their_target(
     sockd: Factory, others: list[Server], peer: StartPeer
 ) -> None:
