@@ -3390,6 +3390,14 @@ def match_domain_text(domain: str, name: str) -> bool:
     return not domain or name == domain or name.endswith("." + domain)
 
 
+def bare_host(endpoint: Endpoint) -> str:
+    """Return an address without the link that it is said to be at.
+
+    The kernel says it of our own addresses where we ask for them, but endpoints of connections are without.
+    """
+    return endpoint.host.partition("%")[0]
+
+
 def match_named(
     pattern: RuleAddress, endpoint: Endpoint, addresses: tuple[Endpoint, ...], lookup: Lookup
 ) -> tuple[Endpoint, ...] | None:
@@ -3400,10 +3408,11 @@ def match_named(
     if pattern.kind == "host":
         if endpoint.family == 0 and endpoint.host.rstrip(".").lower() == pattern.text.rstrip(".").lower():
             return addresses
-        known = {a.host for a in lookup.addresses(pattern.text)}
+        known = {bare_host(a) for a in lookup.addresses(pattern.text)}
     else:
-        known = {a.host for a in lookup.interface(pattern.text)}
-    return tuple(a for a in addresses if a.host in known) or None
+        known = {bare_host(a) for a in lookup.interface(pattern.text)}
+    # As Dante: the same address at another link is the same.
+    return tuple(a for a in addresses if bare_host(a) in known) or None
 
 
 def match_address(
@@ -6317,7 +6326,7 @@ def choose_by_route(externals: tuple[Endpoint, ...], family: int, target: Endpoi
     if not known and not wildcard:
         return externals
     source = route_source(target if known else ELSEWHERE[family])
-    return (source,) if wildcard else tuple(e for e in externals if e.host == source.host)
+    return (source,) if wildcard else tuple(e for e in externals if bare_host(e) == source.host)
 
 
 def choose_external(
@@ -6329,7 +6338,7 @@ def choose_external(
     """
     externals = external_endpoints(config, family, lookup)
     if config.external_rotation == "same-same":
-        externals = tuple(e for e in externals if e.host == internal.host)
+        externals = tuple(e for e in externals if bare_host(e) == internal.host)
     elif config.external_rotation == "route":
         externals = choose_by_route(externals, family, target)
     if not externals:

@@ -23,7 +23,7 @@ class Machine:
         return True
 
     def interface_addresses(self, name: str) -> tuple[Endpoint, ...] | None:
-        return (Endpoint("192.0.2.9", 0),) if name == "eth7" else None
+        return World().interface(name) or None
 
     def resolve(self, name: str) -> tuple[Endpoint, ...]:
         return ()
@@ -42,6 +42,11 @@ class World(NoLookup):
         "one.test": ("192.0.2.1",),
         "two.test": ("192.0.2.1", "198.51.100.2"),
         "xone.test": ("192.0.2.5",),
+        "link.test": ("fe80::1%eth6",),
+    }
+    INTERFACES = {
+        "eth7": (Endpoint("192.0.2.9", 0),),
+        "eth6": (Endpoint("192.0.2.6", 0), Endpoint("fe80::1%eth6", 0, 6)),
     }
 
     def __init__(self) -> None:
@@ -49,7 +54,7 @@ class World(NoLookup):
 
     def addresses(self, name: str) -> tuple[Endpoint, ...]:
         self.questions += 1
-        return tuple(Endpoint(host, 0) for host in self.NAMES.get(name, ()))
+        return tuple(Endpoint(host, 0, 6 if ":" in host else 4) for host in self.NAMES.get(name, ()))
 
     def names(self, address: Endpoint) -> tuple[str, ...]:
         self.questions += 1
@@ -57,7 +62,7 @@ class World(NoLookup):
 
     def interface(self, name: str) -> tuple[Endpoint, ...]:
         self.questions += 1
-        return (Endpoint("192.0.2.9", 0),) if name == "eth7" else ()
+        return self.INTERFACES.get(name, ())
 
     def groups(self, user: str) -> frozenset[str]:
         self.questions += 1
@@ -76,7 +81,7 @@ def policy(rules: str, settings: str = "socksmethod: none") -> Policy:
 def request(target: str, port: int = 80, **changes: object) -> Facts:
     """Return the facts of a CONNECT from 10.0.0.1 to an address or a name of World."""
     family = 6 if ":" in target else 4 if target[0].isdigit() else 0
-    resolved = tuple(Endpoint(host, port) for host in World.NAMES.get(target, ())) if not family else ()
+    resolved = tuple(a._replace(port=port) for a in World().addresses(target)) if not family else ()
     facts = Facts(
         "connect", "tcp", "socks_v5", Endpoint("10.0.0.1", 40000), Endpoint(target, port, family), resolved
     )
@@ -136,6 +141,13 @@ def test_built_in_block_is_rule_0_and_says_why() -> None:
         (".", "192.0.2.200", False),
         ("eth7", "192.0.2.9", True),
         ("eth7", "192.0.2.8", False),
+        ("eth6", "fe80::1", True),
+        ("eth6", "fe80::1%eth7", True),
+        ("eth6", "link.test", True),
+        ("eth6", "fe80::2", False),
+        ("eth7", "fe80::1", False),
+        ("link.test", "fe80::1", True),
+        ("link.test", "fe80::2", False),
     ],
 )
 def test_address_pattern_matches(pattern: str, target: str, matches: bool) -> None:
