@@ -4965,13 +4965,14 @@ SYSLOG_FACILITIES = {
 }  # fmt: skip  (those that danted knows; numbers from RFC 5424)
 SYSLOG_SOCKET = "/dev/log"
 SYSLOG_TIMEOUT_SECONDS = 1.0  # a stuck syslogd loses lines rather than sessions
+SYSLOG_RETRY_SECONDS = 1.0  # between attempts to reach one that is gone, and to wait for one that is stuck
+SYSLOG_IS_GONE = frozenset({errno.ECONNREFUSED, errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE})
 LOG_FILE_MODE = 0o640  # As Dante.
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
-def open_syslog() -> socket.socket:
-    """Return a socket connected to the local syslog daemon."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+def connect_syslog(kind: socket.SocketKind) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     try:
         connection.settimeout(SYSLOG_TIMEOUT_SECONDS)
         connection.connect(SYSLOG_SOCKET)
@@ -4981,21 +4982,29 @@ def open_syslog() -> socket.socket:
     return connection
 
 
+def open_syslog() -> socket.socket:
+    """Return a socket connected to the local syslog daemon; OSError.
+
+    As syslog(3) of glibc has it: a stream, of records that end with NUL, where no datagrams are taken.
+    """
+    try:
+        return connect_syslog(socket.SOCK_DGRAM)
+    except OSError as error:
+        if error.errno != errno.EPROTOTYPE:
+            raise
+    return connect_syslog(socket.SOCK_STREAM)
+
+
 class LogTarget:
     """One place that log records go to.  Owns its descriptor unless it is stdout or stderr."""
 
     def __init__(self, name: str) -> None:
         """Open the target called `name` in logoutput; OSError if it cannot be opened."""
-        self.name = name
-        self.facility = -1
-        self.syslog: socket.socket | None = None
-        kind, _, facility = name.partition("/")
+        self._begin(name)
         if name in ("stdout", "stderr"):
             self.descriptor = 1 if name == "stdout" else 2
-        elif kind == "syslog":
-            self.facility = SYSLOG_FACILITIES[facility or "daemon"]
-            self.syslog = open_syslog()
-            self.descriptor = self.syslog.fileno()
+        elif self.facility >= 0:
+            self._hold(open_syslog())
         else:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
             # O_NONBLOCK for the open(2) only: that of a FIFO would wait until somebody reads there.
@@ -5006,31 +5015,99 @@ class LogTarget:
     def adopted(cls, name: str, descriptor: int) -> LogTarget:
         """Return a target that another process has opened; the descriptor becomes its own."""
         target = cls.__new__(cls)
-        kind, _, facility = name.partition("/")
-        target.name, target.descriptor, target.facility, target.syslog = name, descriptor, -1, None
+        target._begin(name)
         if name in ("stdout", "stderr"):
             os.close(descriptor)  # every process has its own
             target.descriptor = 1 if name == "stdout" else 2
-        elif kind == "syslog":
-            target.facility = SYSLOG_FACILITIES[facility or "daemon"]
-            target.syslog = socket.socket(fileno=descriptor)
-            target.syslog.settimeout(SYSLOG_TIMEOUT_SECONDS)
+        elif target.facility >= 0:
+            target._hold(socket.socket(fileno=descriptor))
+        else:
+            target.descriptor = descriptor
         return target
 
-    def renew(self, descriptor: int) -> None:
-        """Go on with what another process has opened in the place of this."""
+    @classmethod
+    def awaited(cls, name: str) -> LogTarget:
+        """Return a target of a syslog daemon that is not there yet; OSError."""
+        plain = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        return cls.adopted(name, plain.detach())
+
+    def _begin(self, name: str) -> None:
+        kind, _, facility = name.partition("/")
+        self.name = name
+        self.facility = SYSLOG_FACILITIES[facility or "daemon"] if kind == "syslog" else -1
+        self.syslog: socket.socket | None = None
+        self.is_stream = False
+        self.is_changed = False  # by `mend`, and others have not been given it
+        self.mending = threading.Lock()  # for one thread at a time, where records are lost already
+        self.next_attempt = 0.0
+        self.stuck_until = 0.0
+
+    def _hold(self, connection: socket.socket) -> None:
+        self.syslog, self.descriptor = connection, connection.fileno()
+        connection.settimeout(SYSLOG_TIMEOUT_SECONDS)  # a property of what has just come
+        # Not what Python knows of its type: that is of what came first under its number.
+        self.is_stream = connection.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
+
+    def _exchange(self, descriptor: int) -> None:
+        """Have another open file under our number, which a thread may be about to write to."""
         number = self.descriptor if self.syslog is None else self.syslog.fileno()
         if number > 2:
             os.dup2(descriptor, number, inheritable=False)
-        os.close(descriptor)
         if self.syslog is not None:
-            self.syslog.settimeout(SYSLOG_TIMEOUT_SECONDS)  # a property of what has just come
+            self._hold(self.syslog)
+
+    def renew(self, descriptor: int) -> None:
+        """Go on with what another process has opened in the place of this."""
+        with self.mending:
+            self._exchange(descriptor)
+        os.close(descriptor)
 
     def close(self) -> None:
-        if self.syslog is not None:
-            self.syslog.close()
-        elif self.descriptor > 2:
-            os.close(self.descriptor)
+        with self.mending:
+            if self.syslog is not None:
+                self.syslog.close()
+            elif self.descriptor > 2:
+                os.close(self.descriptor)
+
+    def is_lost(self) -> bool:
+        """Tell whether this leads to a syslog daemon that is known to be gone."""
+        if self.syslog is None:
+            return False
+        try:
+            self.syslog.getpeername()
+        except OSError:
+            return True
+        poller = select.poll()
+        poller.register(self.syslog.fileno(), 0)
+        return bool(poller.poll(0))  # a stream that has ended; an end of datagrams is found by sending
+
+    def mend(self) -> None:
+        """Connect to the syslog daemon again, or try to; at most once a second."""
+        with self.mending:
+            now = time.monotonic()
+            if now < self.next_attempt or self.syslog is None or self.syslog.fileno() < 0:
+                return
+            self.next_attempt = now + SYSLOG_RETRY_SECONDS
+            try:
+                with open_syslog() as connection:
+                    self._exchange(connection.fileno())
+                self.is_changed = True
+            except OSError:
+                pass
+
+    def _send(self, text: str) -> None:
+        """Send one record to the syslog daemon; OSError."""
+        assert self.syslog is not None
+        end = b"\0" if self.is_stream else b"\n"
+        data = text.encode("utf-8", "backslashreplace") + end
+        if time.monotonic() < self.stuck_until:
+            os.write(self.descriptor, data)  # which does not wait
+            return
+        try:
+            self.syslog.sendall(data)
+        except TimeoutError:
+            self.stuck_until = time.monotonic() + SYSLOG_RETRY_SECONDS
+            raise
 
     def write(self, stamp: str, source: str, severity: int, text: str) -> None:
         """Write one record; a target that fails loses it, as there is nobody left to tell."""
@@ -5038,8 +5115,14 @@ class LogTarget:
             if self.syslog is None:
                 os.write(self.descriptor, f"{stamp}{source}: {text}\n".encode("utf-8", "backslashreplace"))
                 return
-            head = f"<{self.facility * 8 + severity}>{stamp.partition(' (')[0]} {source}"
-            self.syslog.send(f"{head}: {text}\n".encode("utf-8", "backslashreplace"))
+            record = f"<{self.facility * 8 + severity}>{stamp.partition(' (')[0]} {source}: {text}"
+            try:
+                self._send(record)
+            except OSError as error:
+                if error.errno not in SYSLOG_IS_GONE:
+                    raise
+                self.mend()
+                self._send(record)  # in any case: another thread may have been the one to mend it
         except OSError:
             pass
 
@@ -5077,10 +5160,10 @@ class Log:
         self.error_targets = self._open_all(errorlog, failures)
         for target in old:
             target.close()
-        if failures and not self.targets:
-            self.targets = (LogTarget("stderr"),)  # for these lines only
+        if failures and all(target.is_lost() for target in self.targets):
+            opened, self.targets = self.targets, (LogTarget("stderr"),)  # for these lines only
             self._tell(failures)
-            self.targets = ()
+            self.targets = opened
         else:
             self._tell(failures)
 
@@ -5134,8 +5217,24 @@ class Log:
                 opened.append(LogTarget(name))
             except OSError as error:
                 failures.append(f'could not open logfile "{name}": {error.strerror}')
-                opened += [target for target in present if target.name == name][:1]
+                former = [target for target in present if target.name == name]
+                if not former and name.partition("/")[0] == "syslog":
+                    former = [LogTarget.awaited(name)]
+                opened += former[:1]
         return tuple(opened)
+
+    def mend(self) -> bool:
+        """Connect again to a syslog daemon that is gone; True if that was done since, here or by `write`."""
+        is_changed = False
+        for target in self.targets + self.error_targets:
+            if target.is_lost():
+                target.mend()
+            is_changed = is_changed or target.is_changed
+            target.is_changed = False
+        return is_changed
+
+    def has_syslog(self) -> bool:
+        return any(target.syslog is not None for target in self.targets + self.error_targets)
 
     def export(self) -> tuple[list[bytes], list[int]]:
         """Return names and descriptors of the targets, for `adopt` in another process."""
@@ -14123,6 +14222,7 @@ class Mother:
         self.last_spawn = 0.0
         # (when, generation, kind, number): children to fork again
         self.due: list[tuple[float, Generation, str, int]] = []
+        self.next_log_check = 0.0
         self.leaving: list[int] = []  # in a reload: descriptors of the old generation that no child may have
         self.suspects: set[int] = set()  # older workers that were there when a listener was shut down
         self.tired: set[int] = set()  # workers to be replaced (sockd.conf(5), child)
@@ -14348,6 +14448,19 @@ class Mother:
             if text:
                 self.log.write("warning", text)
 
+    def mend_logs(self) -> None:
+        """Look once a second whether the syslog daemon is gone, and pass a new one on.
+
+        Others find that out as well when they write, but from a jail nobody can reach the new one.
+        """
+        now = time.monotonic()
+        if now < self.next_log_check:
+            return
+        self.next_log_check = now + SYSLOG_RETRY_SECONDS
+        if self.log.mend():
+            for child in self.children.values():
+                self.order(child, Order.LOGS)
+
     def spawn_child(self, generation: Generation, kind: str, number: int) -> None:
         """Fork a child of a kind, now or, where the machine has no room for it, later."""
         if not self.fork_child(generation, kind, number):
@@ -14461,6 +14574,7 @@ class Mother:
             self.manager.sign_of_life()
             times = [when for when, _, _, _ in self.due] + [watch.due for watch in self.watches]
             times += [self.next_retirement(), self.handover.deadline if self.handover else NO_DEADLINE]
+            times.append(self.next_log_check if self.log.has_syslog() else NO_DEADLINE)
             timeout = min([self.manager.next_sign, *times])
             for descriptor, _ in poller.poll(poll_milliseconds(timeout)):
                 if descriptor == self.wakeup[0]:
@@ -14472,6 +14586,7 @@ class Mother:
             self.check_alarms()
             self.retire_generations()
             self.finish_reload()
+            self.mend_logs()
         return self.end()
 
     def list_controls(self) -> dict[int, int]:

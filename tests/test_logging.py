@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,9 +291,21 @@ class SyslogWorld(World):
             for n in ("null", "zero", "urandom", "random")
         ]
         steps = [f"mkdir {dev} && mount -t tmpfs none {dev} &&", *nodes]
-        steps += [f"ln -s {self.folder}/log {dev}/log && mount --rbind {dev} /dev &&"]
+        # Not by its path, which is closed to those without privileges.
+        steps += [
+            f"mkdir {dev}/there && mount --bind {self.folder} {dev}/there && ln -s there/log {dev}/log &&"
+        ]
+        steps += [f"mount --rbind {dev} /dev &&"]
         script = " ".join([*steps, 'exec "$@"'])
         return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *command]
+
+
+def bind_unix(kind: socket.SocketKind, path: Path) -> socket.socket:
+    """Give a socket that anybody may write to, also who has no privileges."""
+    bound = socket.socket(socket.AF_UNIX, kind)
+    bound.bind(str(path))
+    path.chmod(0o666)
+    return bound
 
 
 class Syslog:
@@ -301,8 +314,7 @@ class Syslog:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "log"
         self.path.unlink(missing_ok=True)
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.bind(str(self.path))
+        self.socket = bind_unix(socket.SOCK_DGRAM, self.path)
         self.messages: list[str] = []
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -392,6 +404,129 @@ def test_syslog_that_was_restarted_is_found_at_reload(
         server.reload()
         eventually(lambda: visit(server, peer) and any("tcp/connect ]" in m for m in new.messages))
     server.take_baseline()
+
+
+def is_logged(server: Server, peer: Callable[..., Any], syslog: Syslog) -> bool:
+    """Tell whether a session that begins now is logged."""
+    before = len(syslog.messages)
+    visit(server, peer)
+    with contextlib.suppress(AssertionError):
+        eventually(lambda: any("tcp/connect ]" in m for m in syslog.messages[before:]), within=0.5)
+        return True
+    return False
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("factory", ["sockd", "danted"], indirect=True)
+def test_syslog_that_was_restarted_loses_no_record(
+    factory: Factory, peer: Callable[..., Any], syslog: Syslog
+) -> None:
+    server = factory(f"logoutput: stderr syslog\n{CONFIG}", world=SyslogWorld({}, syslog.path.parent))
+    assert is_logged(server, peer, syslog)
+    syslog.close()
+    with contextlib.closing(Syslog(syslog.path.parent)) as new:
+        assert is_logged(server, peer, new)
+        assert is_logged(server, peer, new)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("factory", ["sockd", "danted"], indirect=True)
+def test_syslog_that_starts_late_is_found(factory: Factory, peer: Callable[..., Any], syslog: Syslog) -> None:
+    syslog.close()
+    server = factory(f"logoutput: stderr syslog\n{CONFIG}", world=SyslogWorld({}, syslog.path.parent))
+    visit(server, peer)
+    with contextlib.closing(Syslog(syslog.path.parent)) as new:
+        eventually(lambda: is_logged(server, peer, new))
+        assert is_logged(server, peer, new)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("starts_late", [False, True], ids=["restarted", "late"])
+def test_syslog_is_found_again_from_a_jail(
+    sockd: Factory, peer: Callable[..., Any], syslog: Syslog, tmp_path: Path, starts_late: bool
+) -> None:
+    (tmp_path / "jail").mkdir()
+    if starts_late:
+        syslog.close()
+    config = f"logoutput: stderr syslog\nchroot: {tmp_path}/jail\n{CONFIG}"
+    server = sockd(config, world=SyslogWorld({}, syslog.path.parent))
+    if not starts_late:
+        assert is_logged(server, peer, syslog)
+        syslog.close()
+    with contextlib.closing(Syslog(syslog.path.parent)) as new:
+        eventually(lambda: is_logged(server, peer, new))
+        assert is_logged(server, peer, new)
+
+
+class StreamSyslog:
+    """A syslog daemon that takes connections."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "log"
+        self.listener = bind_unix(socket.SOCK_STREAM, self.path)
+        self.listener.listen(20)
+        self.listener.setblocking(False)
+        self.came: dict[socket.socket, bytes] = {}
+
+    @property
+    def messages(self) -> list[str]:
+        """The whole records that have come."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, _ = self.listener.accept()
+                connection.setblocking(False)
+                self.came[connection] = b""
+        for connection in self.came:
+            with contextlib.suppress(BlockingIOError):
+                while data := connection.recv(65536):
+                    self.came[connection] += data
+        return [record.decode() for came in self.came.values() for record in came.split(b"\0")[:-1]]
+
+    def close(self) -> None:
+        """Be gone."""
+        for connection in (self.listener, *self.came):
+            connection.close()
+        self.path.unlink()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("jailed", [False, True], ids=["open", "jail"])
+def test_syslog_may_be_a_stream(
+    sockd: Factory, peer: Callable[..., Any], syslog: Syslog, tmp_path: Path, jailed: bool
+) -> None:
+    (tmp_path / "jail").mkdir()
+    jail = f"chroot: {tmp_path}/jail\n" if jailed else ""
+    syslog.close()
+    with contextlib.closing(StreamSyslog(syslog.path.parent)) as first:
+        world = SyslogWorld({}, syslog.path.parent)
+        server = sockd(f"logoutput: stderr syslog\n{jail}{CONFIG}", world=world)
+        assert is_logged(server, peer, first)
+        assert all(SYSLOG.fullmatch(message + "\n") for message in first.messages)
+    with contextlib.closing(StreamSyslog(syslog.path.parent)) as second:
+        eventually(lambda: is_logged(server, peer, second))
+    with contextlib.closing(Syslog(syslog.path.parent)) as third:
+        eventually(lambda: is_logged(server, peer, third))
+
+
+@pytest.mark.root
+def test_syslog_that_reads_nothing_holds_no_session_up(
+    sockd: Factory, peer: Callable[..., Any], syslog: Syslog
+) -> None:
+    syslog.close()
+    with bind_unix(socket.SOCK_STREAM, syslog.path) as listener:
+        listener.listen(20)
+        server = sockd(f"logoutput: stderr syslog\n{CONFIG}", world=SyslogWorld({}, syslog.path.parent))
+        begun, waited = time.monotonic(), 0.0
+        while waited < 0.5 and time.monotonic() < begun + 60:
+            now = time.monotonic()
+            visit(server, peer)
+            waited = time.monotonic() - now
+        assert 0.5 < waited < 3  # there is no room any more, and records are lost
+        now = time.monotonic()
+        for _ in range(10):
+            visit(server, peer)
+        assert time.monotonic() - now < 9
+    syslog.path.unlink()
 
 
 @pytest.mark.root
