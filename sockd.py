@@ -3819,16 +3819,29 @@ class Externals(NamedTuple):
     """The outgoing addresses, in the order of the file."""
 
     of_family: dict[int, tuple[Endpoint, ...]]
-    families: frozenset[int]  # that connections can leave by
+    families: frozenset[int]  # that the rules take connections to leave by
 
 
-def group_externals(endpoints: Iterable[Endpoint], protocols: frozenset[str]) -> Externals:
-    """Return outgoing addresses by family, without those of families that are not to be used."""
+LINK_LOCAL_BITS, LINK_LOCAL = 10, 0xFE80 >> 6  # fe80::/10 (RFC 4291 section 2.5.6)
+
+
+def is_link_local(endpoint: Endpoint) -> bool:
+    return endpoint.family == 6 and address_number(endpoint) >> (128 - LINK_LOCAL_BITS) == LINK_LOCAL
+
+
+def group_externals(endpoints: Iterable[Endpoint], protocols: frozenset[str], has_link: bool) -> Externals:
+    """Return outgoing addresses by family, without those of families that are not to be used.
+
+    `has_link` tells that there are link-local ones besides.
+    """
     found: dict[int, tuple[Endpoint, ...]] = {4: (), 6: ()}
     for endpoint in endpoints:
         if FAMILY_NAMES[endpoint.family] in protocols:
             found[endpoint.family] += (endpoint,)
-    return Externals(found, frozenset(family for family in found if found[family]))
+    families = {family for family in found if found[family]}
+    # As Dante: an address that nothing leaves by makes its family count in the rules.
+    families.update({6} if has_link and "ipv6" in protocols else ())
+    return Externals(found, frozenset(families))
 
 
 @functools.lru_cache(maxsize=8)
@@ -3838,7 +3851,16 @@ def fixed_externals(externals: tuple[External, ...], protocols: frozenset[str]) 
     Each request asks for them several times, so the answer is kept.
     """
     endpoints = [external.endpoint for external in externals if external.endpoint is not None]
-    return group_externals(endpoints, protocols) if len(endpoints) == len(externals) else None
+    return group_externals(endpoints, protocols, False) if len(endpoints) == len(externals) else None
+
+
+def leave_out_links(addresses: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
+    """Return those addresses of an interface that sessions may leave by.
+
+    As Dante: none that leads no further than the link, where there is no target, and that would only tell
+    clients of it.
+    """
+    return tuple(address for address in addresses if not is_link_local(address))
 
 
 def find_externals(config: Config, lookup: Lookup) -> Externals:
@@ -3847,12 +3869,16 @@ def find_externals(config: Config, lookup: Lookup) -> Externals:
     if fixed is not None:
         return fixed
     found: list[Endpoint] = []
+    has_link = False
     for external in config.external:
         if external.endpoint is not None:
             found.append(external.endpoint)
         else:
-            found += lookup.interface(external.text)
-    return group_externals(found, config.external_protocols)
+            present = lookup.interface(external.text)
+            leading = leave_out_links(present)
+            found += leading
+            has_link = has_link or len(leading) < len(present)
+    return group_externals(found, config.external_protocols, has_link)
 
 
 def external_endpoints(config: Config, family: int, lookup: Lookup) -> tuple[Endpoint, ...]:
@@ -3861,8 +3887,13 @@ def external_endpoints(config: Config, family: int, lookup: Lookup) -> tuple[End
 
 
 def external_families(config: Config, lookup: Lookup) -> frozenset[int]:
-    """Return the address families that connections can leave by."""
+    """Return the address families that the rules take connections to leave by."""
     return find_externals(config, lookup).families
+
+
+def can_leave_by(config: Config, family: int, lookup: Lookup) -> bool:
+    """Tell whether there is an outgoing address of a family."""
+    return bool(external_endpoints(config, family, lookup))
 
 
 # The commands that a client-rule's redirection is inherited by: it is about where the client goes.
@@ -3910,7 +3941,7 @@ def redirected_sources(
     A single address or an interface need not be `external`; a network stands for those that are.
     """
     if pattern.kind == "interface":
-        found = lookup.interface(pattern.text)
+        found = leave_out_links(lookup.interface(pattern.text))
     elif pattern.kind == "host":
         found = lookup.addresses(pattern.text)
     elif pattern.kind in BITS and pattern.prefix == BITS[pattern.kind]:
@@ -9923,8 +9954,8 @@ class SessionLookup:
         """Return those of the addresses that we can connect to, or all where there is no such one."""
         if len(addresses) == 1:
             return addresses
-        families = external_families(self.serving.config, self)
-        return tuple(e for e in addresses if e.family in families) or addresses
+        of_family = find_externals(self.serving.config, self).of_family
+        return tuple(e for e in addresses if of_family[e.family]) or addresses
 
     def addresses(self, name: str) -> tuple[Endpoint, ...]:
         answer = self.ask(Favour.RESOLVE, name, b"46")
@@ -10070,7 +10101,7 @@ def count_until_wrong(decode: Callable[[bytearray], object], data: bytearray) ->
 
 def check_family(config: Config, target: Endpoint, lookup: Lookup) -> None:
     """Refused unless there is an external address of the target's family."""
-    if target.family not in external_families(config, lookup):
+    if not can_leave_by(config, target.family, lookup):
         raise Refused(
             f"connect to IPv{target.family} address requested, but no IPv{target.family} address configured "
             "for our usage on the external interface",
@@ -10668,7 +10699,7 @@ class Session:
         if target is None or not target.family or all(path.steps for path in found):
             return found
         # A route that leads nowhere for want of an address of the family is no route.
-        if target.family in external_families(self.config, self.lookup):
+        if can_leave_by(self.config, target.family, self.lookup):
             return found
         return tuple(path for path in found if path.steps)
 
@@ -10939,8 +10970,8 @@ class ConnectRequest:
             )
         if not target.family:
             return session.resolve("connect", target)
-        families = external_families(session.config, session.lookup)
-        if target.family not in families and not session.find_paths("connect", target, (target,)):
+        can_leave = can_leave_by(session.config, target.family, session.lookup)
+        if not can_leave and not session.find_paths("connect", target, (target,)):
             check_family(session.config, target, session.lookup)
         if target.host in IP_ANY:
             raise Refused(f"unbound ipaddress ({target}) in request", Reply.ADDRESS_TYPE_NOT_SUPPORTED)
@@ -11646,7 +11677,7 @@ class RoutedBindRequest(BindRequest):
             return
         paths = session.find_paths("bind", target, addresses)
         # As Dante: without a route, too, a family that is not there outside comes first.
-        unusable = target.family and target.family not in external_families(session.config, session.lookup)
+        unusable = target.family and not can_leave_by(session.config, target.family, session.lookup)
         if paths and paths[0].steps:
             self.bind_there(paths, addresses)
         elif paths or unusable:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from client import CONNECT, Address, Client
+from client import BIND, CONNECT, UDP_ASSOCIATE, Address, Client, UdpClient
 from conftest import Factory
 from more_peers import rule, wait_for_record
 from servers import Server, World
@@ -19,6 +19,7 @@ StartPeer = Callable[..., Any]
 NEAR, FAR = "fe80::a:1", "fe80::a:2"  # of the two ends of a pair of interfaces, all in one network
 NEAR_THERE = f"{NEAR}%near"
 OWN, OWN_IPV4 = "fd00:a::1", "10.77.0.1"  # further addresses of the near end
+THIN, THIN_IPV4 = "fe80::b:1", "10.78.0.1"  # of an interface without further IPv6 addresses
 SETUP = f"""\
 link add near type veth peer name far
 link set near addrgenmode none
@@ -29,6 +30,13 @@ address add {NEAR}/64 dev near nodad
 address add {FAR}/64 dev far nodad
 address add {OWN}/64 dev near nodad
 address add {OWN_IPV4}/24 dev near
+link add thin type veth peer name thick
+link set thin addrgenmode none
+link set thick addrgenmode none
+link set thin up
+link set thick up
+address add {THIN}/64 dev thin nodad
+address add {THIN_IPV4}/24 dev thin
 """
 HEAD = """\
 internal: near port = 0
@@ -39,7 +47,7 @@ user.privileged: root
 user.unprivileged: nobody
 """
 ANYBODY = "from: 0/0 to: 0/0"
-NOT_ALLOWED = 2
+NOT_ALLOWED, NO_NETWORK, NOT_SUPPORTED = 2, 3, 8
 LOG = "log: connect disconnect error"
 CLIENT_PASS = rule("client pass", ANYBODY, LOG)
 SOCKS_PASS = rule("socks pass", ANYBODY, LOG)
@@ -110,3 +118,73 @@ def test_socks_rules_know_the_addresses_of_an_interface(factory: Factory, link: 
         name = target.encode() if "%" in target else target
         assert client.open5(CONNECT, name, 80).code == NOT_ALLOWED
     wait_for_record(server, "block(1): tcp/connect ]: ")
+
+
+# ------------------------------ addresses to leave by ------------------------------
+
+THIN_HEAD = HEAD.replace("near", "127.0.0.1").format(external="thin")
+NO_IPV6 = "connect to IPv6 address requested, but no IPv6 address configured for our usage on the external"
+
+
+@both_servers
+@pytest.mark.parametrize("command", [CONNECT, BIND])
+@pytest.mark.parametrize("target", ["fd00::6", THIN])
+def test_link_local_address_of_an_external_interface_is_not_left_by(
+    factory: Factory, link: World, command: int, target: str
+) -> None:
+    server = factory(THIN_HEAD + CLIENT_PASS + SOCKS_PASS, world=link)
+    with Client(server.addresses[0]) as client:
+        assert client.open5(command, target, 80) == (NOT_SUPPORTED, 4, target, 80)
+    wait_for_record(server, "block(1): tcp/", NO_IPV6)
+
+
+@both_servers
+@pytest.mark.parametrize(("command", "code"), [(CONNECT, NO_NETWORK), (BIND, NO_NETWORK)])
+def test_name_that_leads_only_where_no_address_leaves_for(
+    factory: Factory, link: World, command: int, code: int
+) -> None:
+    server = factory(THIN_HEAD + CLIENT_PASS + SOCKS_PASS, world=link)
+    with Client(server.addresses[0]) as client:
+        assert client.open5(command, b"six.test", 80) == (code, 3, "six.test", 80)
+
+
+def test_name_with_an_ipv4_address_is_reached_by_that(sockd: Factory, link: World, peer: StartPeer) -> None:
+    target = peer("echo")
+    server = sockd(THIN_HEAD + CLIENT_PASS + SOCKS_PASS, world=link)
+    with Client(server.addresses[0]) as client:
+        assert client.open5(CONNECT, b"both.test", target.port)[:3] == (0, 1, THIN_IPV4)
+    with Client(server.addresses[0]) as client:
+        assert client.open5(BIND, b"both.test", 80)[:3] == (0, 1, THIN_IPV4)
+
+
+@both_servers
+def test_datagram_for_which_no_address_leaves_is_dropped(
+    factory: Factory, link: World, peer: StartPeer
+) -> None:
+    echo = peer("udp-echo")
+    server = factory(THIN_HEAD + CLIENT_PASS + SOCKS_PASS, world=link)
+    with Client(server.addresses[0]) as client, UdpClient() as udp:
+        reply = client.open5(UDP_ASSOCIATE, "0.0.0.0", 0)
+        udp.send((reply.host, reply.port), "fd00::6", 80, b"lost")
+        udp.send((reply.host, reply.port), "127.0.0.1", echo.port, b"comes")
+        assert udp.receive((reply.host, reply.port)).data == b"comes"
+        wait_for_record(server, "block(1): udp/udpassociate -: ", " -> 0.0.0.0.0 fd00::6.80: ")
+
+
+@both_servers
+@pytest.mark.parametrize(("network", "code"), [("0.0.0.0/0", 0), ("0/0", NOT_ALLOWED)])
+def test_link_local_address_of_an_external_interface_counts_as_a_family(
+    factory: Factory, link: World, network: str, code: int
+) -> None:
+    """For a target that is not known yet a block only counts where it covers every family."""
+    block = rule("socks block", f"from: 0/0 to: {network}", "command: udpassociate")
+    server = factory(THIN_HEAD + CLIENT_PASS + block + SOCKS_PASS, world=link)
+    with Client(server.addresses[0]) as client:
+        assert client.open5(UDP_ASSOCIATE, "0.0.0.0", 0).code == code
+
+
+def test_link_local_address_that_is_written_out_is_left_by(sockd: Factory, link: World) -> None:
+    head = HEAD.replace("near", "127.0.0.1").format(external=NEAR_THERE)
+    server = sockd(head + CLIENT_PASS + SOCKS_PASS, world=link)
+    with Client(server.addresses[0]) as client:
+        assert client.open5(BIND, "::", 0)[:3] == (0, 4, NEAR)
