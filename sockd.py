@@ -4999,6 +4999,7 @@ SYSLOG_TIMEOUT_SECONDS = 1.0  # a stuck syslogd loses lines rather than sessions
 SYSLOG_RETRY_SECONDS = 1.0  # between attempts to reach one that is gone, and to wait for one that is stuck
 SYSLOG_IS_GONE = frozenset({errno.ECONNREFUSED, errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE})
 LOG_FILE_MODE = 0o640  # As Dante.
+SELDOM_SECONDS = 1.0
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
@@ -5175,6 +5176,7 @@ class Log:
         self.error_targets: tuple[LogTarget, ...] = ()
         self._second = -1
         self._stamp = ""
+        self._seldom: dict[str, float] = {}  # by kind: until when another record of it is left out
 
     def take_over(self) -> None:
         """Sign the records with the pid of this process: to be called in each child."""
@@ -5312,6 +5314,13 @@ class Log:
             )
             self._second = second
         return f"{self._stamp} ({second}.{int((now - second) * 1000000):06d}) "
+
+    def write_seldom(self, level: str, kind: str, text: str) -> None:
+        """Write one record, and for a second no other of its kind: for what any client can bring about."""
+        now = time.monotonic()
+        if now >= self._seldom.get(kind, 0.0):
+            self._seldom[kind] = now + SELDOM_SECONDS
+            self.write(level, text)
 
     def write(self, level: str, text: str) -> None:
         """Write one record at a level of LEVEL_WORDS."""
@@ -6445,37 +6454,57 @@ def route_source(target: Endpoint) -> Endpoint:
 ELSEWHERE = {4: Endpoint("192.0.2.1", 9, 4), 6: Endpoint("2001:db8::1", 9, 6)}
 
 
-def choose_by_route(externals: tuple[Endpoint, ...], family: int, target: Endpoint) -> tuple[Endpoint, ...]:
-    """Return the external address that the kernel would leave by, or none; a wildcard stands for them all.
+def has_wildcard(externals: Iterable[Endpoint]) -> bool:
+    return any(external.host in IP_ANY for external in externals)
 
-    For a target that is not known yet (BIND for anybody) it is the first address, or for a wildcard that of
-    the default route.  Refused if there is no route.
+
+def choose_by_route(externals: tuple[Endpoint, ...], family: int, target: Endpoint) -> Endpoint | None:
+    """Return the address that the kernel would leave by, or None where any of the external ones will do.
+
+    For a target that is not known yet (BIND for anybody) that is so, but for a wildcard it is that of the
+    default route.  Refused if there is no route.
     """
-    wildcard = any(external.host in IP_ANY for external in externals)
     known = target.family != 0 and target.host not in IP_ANY
-    if not known and not wildcard:
-        return externals
-    source = route_source(target if known else ELSEWHERE[family])
-    return (source,) if wildcard else tuple(e for e in externals if bare_host(e) == source.host)
+    if not known and not has_wildcard(externals):
+        return None
+    return route_source(target if known else ELSEWHERE[family])
+
+
+class NoExternal(Refused):
+    """No outgoing address fits."""
+
+    def __init__(self, config: Config, chosen: Endpoint | None, client: Endpoint, target: Endpoint) -> None:
+        use = f"for forwarding from our local client {client} to target {describe_endpoint(target)}"
+        if chosen is None:
+            fault = f"none of the addresses configured on our external interface(s) can be used {use}"
+        else:
+            fault = (
+                f"using external.rotation = {config.external_rotation}, local address {chosen.host} was "
+                f"selected {use}, but that local address is not set on our external interface(s)"
+            )
+        super().__init__(f"{fault}.  Configuration error in {config.file}?", Reply.NETWORK_UNREACHABLE)
 
 
 def choose_external(
-    config: Config, family: int, internal: Endpoint, target: Endpoint, lookup: Lookup
+    config: Config, family: int, session: tuple[Endpoint, Endpoint], target: Endpoint, lookup: Lookup
 ) -> Endpoint:
     """Return the outgoing address for a session (sockd.conf(5), external.rotation).
 
-    Refused where the configuration has none that fits.
+    `session` is its client, and the address that this came in on.  NoExternal where there is none that fits.
     """
+    client, internal = session
     externals = external_endpoints(config, family, lookup)
+    chosen = None
     if config.external_rotation == "same-same":
-        externals = tuple(e for e in externals if bare_host(e) == internal.host)
+        chosen = internal
     elif config.external_rotation == "route":
-        externals = choose_by_route(externals, family, target)
+        chosen = choose_by_route(externals, family, target)
+        if chosen is not None and has_wildcard(externals):
+            return chosen
+    if chosen is not None:
+        externals = tuple(e for e in externals if bare_host(e) == chosen.host)
     if not externals:
-        raise Refused(
-            f"no external IPv{family} address fits for {target} (external, external.rotation)",
-            Reply.NETWORK_UNREACHABLE,
-        )
+        raise NoExternal(config, chosen, client, target)
     return externals[0]
 
 
@@ -10646,18 +10675,26 @@ class Session:
 
         `client` is whose source port is kept where it can be.  Refused, OSError.
         """
-        source = self.choose_source(pattern, target)
+        source = self.choose_source(pattern, target, client)
         if pattern is not None and pattern.port.operator != "any":
             return open_redirected(source, kind, pattern.port)
         return open_external(source, client, kind, self.bind_privileged)
 
-    def choose_source(self, pattern: RuleAddress | None, target: Endpoint) -> Endpoint:
+    def choose_external(self, target: Endpoint, client: Endpoint) -> Endpoint:
+        """Return the address to leave by for a target; Refused, and then there is a warning."""
+        try:
+            return choose_external(self.config, target.family, (client, self.local), target, self.lookup)
+        except NoExternal as refusal:
+            self.serving.log.write_seldom("warning", "external", str(refusal))
+            raise
+
+    def choose_source(self, pattern: RuleAddress | None, target: Endpoint, client: Endpoint) -> Endpoint:
         """Return the address to leave by for a target, as the configuration or `redirect from` has it.
 
         Refused where there is none.
         """
         if pattern is None or pattern.kind == "any":
-            return choose_external(self.config, target.family, self.local, target, self.lookup)
+            return self.choose_external(target, client)
         found = redirected_sources(pattern, self.config, target.family, self.lookup)
         if not found:
             reason = f"no IPv{target.family} address for {target} (redirect from: {pattern.text})"
@@ -11039,7 +11076,11 @@ class ConnectRequest:
             self.end_unconnected(rule, late.source, late.target, str(late))
             session.reply(Reply.TTL_EXPIRED, UNSPECIFIED)
         except Refused as refusal:
-            self.fail(rule, "", str(refusal), refusal.reply, self.target)
+            if isinstance(refusal, NoExternal):
+                rule = session.client_rule  # As Dante: which then has not asked the socks-rules yet
+            path = f" -> {UNSPECIFIED} {describe_endpoint(self.target)}"
+            reason = f"could not bind address to use on external side: {refusal}"
+            self.fail(rule, path, reason, refusal.reply, self.target)
         except PeerGone as gone:
             self.end_unconnected(rule, UNSPECIFIED, addresses[0], str(gone))
         except OSError as error:
@@ -11117,6 +11158,10 @@ class BindRequest:
             return
         try:
             listener = self.listen()
+        except NoExternal as refusal:
+            reason = f"could not get address to use on external side: {refusal}"
+            self.fail(session.client_rule, UNSPECIFIED, reason, refusal.reply)
+            return
         except Refused as refusal:
             session.record.request_failed(session.client_rule, self.event, "", str(refusal))
             session.reply(refusal.reply, self.target)
@@ -11146,6 +11191,12 @@ class BindRequest:
         self.serve_peer(decision.rule, listener, bound)
         self.finish(decision.rule, path)
 
+    def fail(self, rule: Rule, source: Endpoint, reason: str, reply: Reply) -> None:
+        """Record and answer a request that could not be done."""
+        path = f" -> {source} {describe_endpoint(self.target)}"
+        self.session.record.request_failed(rule, self.event, path, reason)
+        self.session.reply(reply, self.target)
+
     def announce(self, rule: Rule, path: str, bound: Endpoint) -> None:
         """Record and answer where the client's peer may connect to."""
         if "connect" in rule.log:
@@ -11162,14 +11213,12 @@ class BindRequest:
                 text = f'could not resolve hostname "{escape_text(target.host)}": {fault}'
                 raise Refused(text, Reply.HOST_UNREACHABLE)
             self.expected = frozenset(address.host for address in found)
-            family = session.lookup.prefer_usable(found)[0].family
+            target = session.lookup.prefer_usable(found)[0]._replace(port=target.port)
         else:
-            family = target.family
             check_family(session.config, target, session.lookup)
             if target.host not in IP_ANY:
                 self.expected = frozenset({target.host})
-        external = choose_external(session.config, family, session.local, target, session.lookup)
-        return self.bind(external)
+        return self.bind(session.choose_external(target, session.client))
 
     def bind(self, external: Endpoint) -> socket.socket:
         """Return a socket bound to an external address, on the wanted port where Dante would take it."""
@@ -11195,7 +11244,7 @@ class BindRequest:
         if pattern is None:
             return listener
         family = endpoint_of(listener.getsockname()).family
-        source = self.session.choose_source(pattern, ELSEWHERE[family])
+        source = self.session.choose_source(pattern, ELSEWHERE[family], self.session.client)
         listener.close()
         if pattern.port.operator == "any":
             listener = self.bind(source)
@@ -11686,12 +11735,6 @@ class RoutedBindRequest(BindRequest):
             text = "could not get address to use on external side: " + NO_UPSTREAM_COMMAND.format("bind")
             self.fail(session.client_rule, UNSPECIFIED, text, Reply.NETWORK_UNREACHABLE)
 
-    def fail(self, rule: Rule, source: Endpoint, reason: str, reply: Reply) -> None:
-        """Record and answer a request that could not be done."""
-        path = f" -> {source} {describe_endpoint(self.target)}"
-        self.session.record.request_failed(rule, self.event, path, reason)
-        self.session.reply(reply, self.target)
-
     def judge(self, decision: Decision) -> bool:
         """Tell whether the rules pass the request; answer it where they do not."""
         session = self.session
@@ -11873,7 +11916,8 @@ class UdpRequest:
             return True  # As Dante: whichever it will turn out to be is tried.
         try:
             family, lookup = session.client.family, session.lookup
-            external = choose_external(session.config, family, session.local, UNSPECIFIED, lookup)
+            ends = session.client, session.local
+            external = choose_external(session.config, family, ends, UNSPECIFIED, lookup)
             with socket.socket(FAMILY_OF[family], socket.SOCK_DGRAM) as probe:
                 probe.bind(socket_address(external._replace(port=port)))
             return True

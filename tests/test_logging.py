@@ -538,6 +538,47 @@ def test_missing_syslog_is_a_warning(sockd: Factory, peer: Callable[..., Any], s
     visit(server, peer)
 
 
+# ------------------------------ want of an address to leave by ------------------------------
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("factory", ["sockd", "danted"], indirect=True)
+@pytest.mark.parametrize("rotation", ["same-same", "route"])
+def test_external_address_that_does_not_fit_is_a_warning_and_named_with_the_target(
+    factory: Factory, tmp_path: Path, rotation: str
+) -> None:
+    head = HEAD.replace("external: 127.0.0.1", f"external.rotation: {rotation}\nexternal: 127.0.0.5")
+    server = factory(f"errorlog: {tmp_path}/errors\n{CONFIG.replace(HEAD, head)}")
+    with Client(server.addresses[0]) as client:
+        source = "{}.{}".format(*client.address)
+        assert client.open5(CONNECT, "127.0.0.1", 80) == (3, 1, "127.0.0.1", 80)
+    server_side = f"127.0.0.1.{server.port}"
+    reason = (
+        f"using external.rotation = {rotation}, local address 127.0.0.1 was selected for forwarding from our "
+        f"local client {source} to target 127.0.0.1.80, but that local address is not set on our external "
+        f"interface(s).  Configuration error in {server.config_path}?"
+    )
+    path = f"{source} {server_side} -> 0.0.0.0.0 127.0.0.1.80"
+    line = f"info: block(1): tcp/connect ]: {path}: could not bind address to use on external side: {reason}"
+    # danted cuts what is long.
+    eventually(lambda: any(line.startswith(message) and path in message for message in server.messages))
+    warnings = [r for r in parse_log(read(tmp_path / "errors")) if "external.rotation" in r.message]
+    assert [record.level for record in warnings] == ["warning"]
+    assert warnings[0].message.removeprefix("getoutaddr(): ") == reason
+
+
+def test_want_of_an_external_address_is_a_warning_once_a_second(sockd: Factory) -> None:
+    head = HEAD.replace("external: 127.0.0.1", "external.rotation: same-same\nexternal: 127.0.0.5")
+    server = sockd(CONFIG.replace(HEAD, head))
+    begun = time.monotonic()
+    for _ in range(10):
+        with Client(server.addresses[0]) as client:
+            assert client.open5(CONNECT, "127.0.0.1", 80).code == 3
+    took = time.monotonic() - begun
+    warnings = [m for m in server.messages if m.startswith("warning: using external.rotation")]
+    assert 1 <= len(warnings) <= 1 + took
+
+
 # ------------------------------ which word gives which record ------------------------------
 
 WORDS = ("connect", "disconnect", "data", "error", "ioop", "tcpinfo")
