@@ -5375,6 +5375,7 @@ CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
+RECVERR = {socket.AF_INET: (socket.IPPROTO_IP, 11), socket.AF_INET6: (socket.IPPROTO_IPV6, 25)}  # linux/in.h
 M_ARENA_MAX = -8  # malloc.h
 MADV_DONTNEED = 4  # asm-generic/mman-common.h
 SIOCATMARK = 0x8905  # asm-generic/sockios.h
@@ -6356,6 +6357,24 @@ def bind_external(outgoing: socket.socket, external: Endpoint, client: Endpoint)
         # The port is then chosen at connect(2), by the whole four-tuple: many more fit.
         outgoing.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
     outgoing.bind(socket_address(external._replace(port=0)))
+
+
+def keep_errors(outgoing: socket.socket) -> None:
+    """Have the kernel tell of what comes back for the datagrams that a socket sends (ip(7), IP_RECVERR)."""
+    level, number = RECVERR[socket.AddressFamily(outgoing.family)]
+    outgoing.setsockopt(level, number, 1)
+
+
+def take_error(outgoing: socket.socket) -> tuple[Endpoint, int] | None:
+    """Return where a datagram was sent, and the errno that came back for it; None if nothing did."""
+    try:
+        _, ancillary, _, address = outgoing.recvmsg(0, 512, socket.MSG_ERRQUEUE)
+    except OSError:
+        return None
+    for level, number, data in ancillary:
+        if (level, number) == RECVERR[socket.AddressFamily(outgoing.family)]:
+            return endpoint_of(address), int(struct.unpack_from("=I", data)[0])
+    return endpoint_of(address), 0
 
 
 def open_external(
@@ -8807,6 +8826,7 @@ class UdpPath:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.local = endpoint_of(connection.getsockname())
+        self.keeps_errors = False
         self.targets: set[Endpoint] = set()
         self.sent_bytes = self.sent_packets = 0
         self.received_bytes = self.received_packets = 0
@@ -8899,6 +8919,8 @@ class UdpRelay:
             return self._from_control(mask)
         path = self.path_of.get(descriptor)
         connection = path.connection if path else self.relay
+        if path is not None and mask & FAILED:
+            self._hear_errors(path)
         for _ in range(UDP_BATCH):
             if self.budget is not None and not self._pay(self.budget, connection):
                 break
@@ -8907,7 +8929,7 @@ class UdpRelay:
             except BlockingIOError:
                 break
             except OSError:
-                continue  # an ICMP error for an earlier datagram: as Dante, the association goes on
+                continue  # for an earlier datagram: as Dante, the association goes on
             if path is None:
                 if address != self.client_address or not self._pass_out(data):
                     self._from_client(data, endpoint_of(address))
@@ -8917,6 +8939,27 @@ class UdpRelay:
                 # Through an upstream of one family the other one is reached, too.
                 self._from_target(path, data, endpoint_of(address))
         return ""
+
+    def _hear_errors(self, path: UdpPath) -> None:
+        """Log that nobody listens where datagrams were sent: the others' errors Dante never hears of."""
+        for _ in range(UDP_BATCH):
+            found = take_error(path.connection)
+            if found is None:
+                return
+            target, number = found
+            if number == errno.ECONNREFUSED:
+                reason = f"{os.strerror(number)} (delayed error)"
+                self.events.log_dropped(self._packet(target, path), reason)
+
+    def _send_out(self, path: UdpPath, payload: bytes, address: Endpoint) -> None:
+        """Send a datagram; OSError."""
+        try:
+            path.connection.sendto(payload, socket_address(address))
+        except OSError:
+            if not path.keeps_errors:
+                raise
+            self._hear_errors(path)  # one that came back for an earlier datagram stops the next one
+            path.connection.sendto(payload, socket_address(address))
 
     def _count(self, meter: Meter) -> None:
         """Let the monitor know how far the association is."""
@@ -9077,7 +9120,7 @@ class UdpRelay:
         path = self._path_for(address, self.events.source_for(decision))
         path.client_sent_bytes += len(data)
         path.client_sent_packets += 1
-        path.connection.sendto(payload, socket_address(address))
+        self._send_out(path, payload, address)
         path.sent_bytes += len(payload)
         path.sent_packets += 1
         self.events.log_datagram(decision, self._packet(address, path), payload)
@@ -9089,6 +9132,9 @@ class UdpRelay:
         path = self.paths.get((target.family, source))
         if path is None:
             path = UdpPath(self.events.open_external(source, target, self.client))
+            if self.connect_targets and (source is None or isinstance(source, RuleAddress)):
+                keep_errors(path.connection)
+                path.keeps_errors = True
             self.paths[target.family, source] = self.path_of[path.connection.fileno()] = path
             self.waiter.watch(path.connection.fileno(), select.POLLIN)
         if len(path.targets) < MOST_VERDICTS:

@@ -1057,6 +1057,10 @@ UDP = Group(
         case("no datagram", associate(), fin, end),
         case("client resets", associate(), datagram("udp-echo", b"one"), answer(), reset),
         case(
+            "nobody listens",
+            associate(), datagram("127.0.0.1/9", b"one"), logged("Connection refused"), fin, end,
+        ),
+        case(
             "target by name",
             associate(), datagram("echo.test/udp-echo", b"one"), answer(), fin, end,
         ),
@@ -1315,6 +1319,10 @@ IPV6 = Group(
             "bind to all of IPv4",
             bind("0.0.0.0/0"), visit("127.0.0.3"), second_reply, close_visitor, end,
             unlike=PEER_CLOSED_BIND,
+        ),
+        case(
+            "udp to where nobody listens",
+            associate(), datagram("fd00::6/9", b"one"), logged("Connection refused"), fin, end,
         ),
         case("udp to IPv6", associate(), datagram("udp-echo@fd00::6", b"one"), answer(), fin, end),
         case(

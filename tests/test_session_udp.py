@@ -637,3 +637,19 @@ def test_live_association_is_ended_and_logged_when_the_server_stops(
         association.client.expect_end_or_reset()
         line = wait_for_record(server, "udp/udpassociate ]:", f" 127.0.0.1.{association.relay[1]} ")
         assert ": administrative termination.  Session duration: " in line
+
+
+def test_nobody_at_one_target_costs_the_others_no_datagram(server: Server, peer: StartPeer) -> None:
+    echo = peer("udp-echo")
+    with associate(server) as association:
+        for number in range(20):
+            association.send("127.0.0.1", 9, b"lost")
+            association.exchange(echo, b"%d" % number)
+
+
+def test_errors_of_targets_are_not_told_where_any_may_answer(open_server: Server, peer: StartPeer) -> None:
+    echo = peer("udp-echo")
+    with associate(open_server) as association:
+        association.send("127.0.0.1", 9, b"lost")
+        association.exchange(echo, b"comes")
+        assert not [line for line in lines_about(open_server, association.udp.address) if "refused" in line]
