@@ -6176,6 +6176,17 @@ def socket_address(endpoint: Endpoint) -> tuple:  # type: ignore[type-arg]
     return host, endpoint.port, 0, socket.if_nametoindex(scope) if scope else 0
 
 
+def with_link(endpoint: Endpoint, connection: socket.socket) -> Endpoint:
+    """Return an end of a connection with the link that its address is at, for a socket of its own there.
+
+    Both ends of a connection are at the same (RFC 4007).  OSError if that is gone.
+    """
+    if not is_link_local(endpoint):
+        return endpoint
+    link = connection.getsockname()[3]
+    return endpoint._replace(host=f"{endpoint.host}%{socket.if_indextoname(link)}")
+
+
 def send_all(connection: socket.socket, data: bytes, deadline: float) -> None:
     """Send data on a non-blocking socket before a deadline."""
     view = memoryview(data)
@@ -7642,13 +7653,13 @@ def parse_ident(line: bytes, ports: tuple[int, int]) -> str | None:
     return user if 0 < len(user) <= NAME_MAX and user.isprintable() else None
 
 
-def ask_ident(client: Endpoint, local: Endpoint, deadline: float) -> str | None:
+def ask_ident(owned: socket.socket, client: Endpoint, local: Endpoint, deadline: float) -> str | None:
     """Return the user that the identd of a client's host names as the owner of its connection, or None."""
     try:
         with socket.socket(FAMILY_OF[client.family], socket.SOCK_STREAM) as connection:
-            connection.bind(socket_address(local._replace(port=0)))
+            connection.bind(socket_address(with_link(local, owned)._replace(port=0)))
             connection.settimeout(max(0.001, deadline - time.monotonic()))
-            connection.connect(socket_address(client._replace(port=IDENT_PORT)))
+            connection.connect(socket_address(with_link(client, owned)._replace(port=IDENT_PORT)))
             connection.setblocking(False)
             send_all(connection, f"{client.port},{local.port}\r\n".encode("ascii"), deadline)
             answer = b""
@@ -9964,8 +9975,11 @@ class SessionLookup:
     That it remembers pins DNS: what the rules judged is what is connected to.
     """
 
-    def __init__(self, serving: Serving, client: Endpoint, local: Endpoint) -> None:
+    def __init__(
+        self, serving: Serving, connection: socket.socket, client: Endpoint, local: Endpoint
+    ) -> None:
         self.serving = serving
+        self.connection = connection
         self.client = client
         self.local = local
         # By question; with when it expires.
@@ -10056,7 +10070,8 @@ class SessionLookup:
     def ident(self) -> str | None:
         if not self.ident_asked:
             self.ident_asked = True
-            self.ident_answer = ask_ident(self.client, self.local, time.monotonic() + IDENT_SECONDS)
+            deadline = time.monotonic() + IDENT_SECONDS
+            self.ident_answer = ask_ident(self.connection, self.client, self.local, deadline)
         return self.ident_answer
 
 
@@ -10196,7 +10211,7 @@ class Session:
         self.client = client
         self.local = local
         self.stream = Stream(connection)
-        self.lookup = SessionLookup(serving, client, local)
+        self.lookup = SessionLookup(serving, connection, client, local)
         self.record = SessionLog(serving.log, connection, client, local)
         self.identity = Identity()
         self.client_rule = FINAL_CLIENT_BLOCK
@@ -11466,7 +11481,8 @@ class Forwarding:
         session, back = self.session, self.client_side.connection
         deadline = deadline_after(self.rule.timeouts.connect)
         try:
-            Race([session.client], lambda _: back, session.connection.fileno(), deadline).run()
+            client = with_link(session.client, session.connection)
+            Race([client], lambda _: back, session.connection.fileno(), deadline).run()
         except (SockdError, OSError) as error:
             if not self.is_cut:
                 self.request.record_failure(self.rule, self.peer, self.source, str(error))
@@ -11676,7 +11692,8 @@ class ExtendedBindRequest(BindRequest):
         """Return a socket for a call to the client, from where that has found us; OSError."""
         back = socket.socket(FAMILY_OF[self.session.client.family], socket.SOCK_STREAM)
         try:
-            back.bind(socket_address(self.session.local._replace(port=0)))
+            local = with_link(self.session.local, self.session.connection)
+            back.bind(socket_address(local._replace(port=0)))
         except OSError:
             back.close()
             raise
@@ -11972,15 +11989,12 @@ class UdpRequest:
 
     def bind_relay(self) -> socket.socket:
         """Return the client-side socket, on the address that the client's connection came in on; OSError."""
-        local = self.session.local
-        scope = self.session.connection.getsockname()[2:]  # of an address of one link (RFC 4007)
-        if local.family == 4:
-            scope = ()
+        local = with_link(self.session.local, self.session.connection)
         relay = socket.socket(FAMILY_OF[local.family], socket.SOCK_DGRAM)
         relay.setblocking(False)
         for port in relay_ports(self.rule.udp_portrange):
             try:
-                relay.bind((local.host, port, *scope))
+                relay.bind(socket_address(local._replace(port=port)))
                 return SealedSocket.over(relay, self.session.seal) if self.session.seal else relay
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:

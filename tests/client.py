@@ -13,7 +13,7 @@ import random
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TIMEOUT_SECONDS = 10 * float(os.environ.get("SOCKD_TEST_TIMEOUT", "1"))
 
@@ -92,6 +92,11 @@ class Datagram(NamedTuple):
     host: str
     port: int
     data: bytes
+
+
+def whole_address(host: str, port: int) -> tuple[Any, ...]:
+    """Give an address as the socket module wants it, also one of a link: `fe80::1%eth0`."""
+    return socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST)[0][4]
 
 
 def type_of(host: str | bytes) -> int:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from client import whole_address
 from peers import RESET
 from servers import World, need
 
@@ -210,12 +211,16 @@ class Identd:
     def __init__(self, behaviours: dict[str, Answer]) -> None:
         self.asked: Counter[str] = Counter()
         self.queries: list[tuple[str, bytes]] = []  # (address of the one who asked, the query)
-        self._behaviours = behaviours
+        self._behaviours = {host.partition("%")[0]: behaviour for host, behaviour in behaviours.items()}
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
-        self._listeners = [socket.create_server((host, IDENT_PORT)) for host in behaviours]
+        self._listeners = [self._listen(host) for host in behaviours]
         for listener in self._listeners:
             self._start(self._accept, listener)
+
+    def _listen(self, host: str) -> socket.socket:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server(whole_address(host, IDENT_PORT), family=family)
 
     def _start(self, function: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=function, args=arguments, daemon=True)

@@ -13,9 +13,22 @@ import pwd
 import resource
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from client import BIND, CONNECT, GRANTED, TIMEOUT_SECONDS, Address, Client, Feed, bytewise, request5, whole
+from client import (
+    BIND,
+    CONNECT,
+    GRANTED,
+    TIMEOUT_SECONDS,
+    Address,
+    Client,
+    Feed,
+    bytewise,
+    request5,
+    whole,
+    whole_address,
+)
 from conftest import Factory
 from kerberos import GssClient, running_realm
 from more_peers import CLIENT_PASS, IPV4_HEAD, SOCKS_PASS, rule, wait_for_line, wait_for_record
@@ -40,11 +53,11 @@ class Caller(Client):
     def __init__(self, server: Address, source: str = "127.0.0.1", feed: Feed = whole) -> None:
         family = socket.AF_INET6 if ":" in source else socket.AF_INET
         self.feed = feed
-        self.sock = self._open(family, (source, 0))
-        self.sock.connect(server)
-        self.listener = self._open(family, self.address)
+        self.sock = self._open(family, whole_address(source, 0))
+        self.sock.connect(whole_address(*server))
+        self.listener = self._open(family, self.sock.getsockname())
 
-    def _open(self, family: int, address: Address) -> socket.socket:
+    def _open(self, family: int, address: tuple[Any, ...]) -> socket.socket:
         opened = socket.socket(family, socket.SOCK_STREAM)
         opened.settimeout(TIMEOUT_SECONDS)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -7,11 +7,14 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
+import login_peers
 import pytest
-from client import BIND, CONNECT, UDP_ASSOCIATE, Address, Client, UdpClient
+from client import BIND, CONNECT, UDP_ASSOCIATE, Address, Client, UdpClient, whole_address
 from conftest import Factory
+from login_peers import Identd
 from more_peers import rule, wait_for_record
 from servers import Server, World
+from test_bind_extension import Caller
 
 pytestmark = pytest.mark.root
 StartPeer = Callable[..., Any]
@@ -188,3 +191,37 @@ def test_link_local_address_that_is_written_out_is_left_by(sockd: Factory, link:
     server = sockd(head + CLIENT_PASS + SOCKS_PASS, world=link)
     with Client(server.addresses[0]) as client:
         assert client.open5(BIND, "::", 0)[:3] == (0, 4, NEAR)
+
+
+# ------------------------------ sockets beside a client's connection ------------------------------
+
+
+@both_servers
+def test_ident_is_asked_over_the_link_of_the_client(factory: Factory, link: World) -> None:
+    head = HEAD.format(external=OWN_IPV4).replace("clientmethod: none", "clientmethod: rfc931")
+    with contextlib.closing(Identd({NEAR_THERE: login_peers.user("root")})) as identd:
+        server = factory(head + CLIENT_PASS + SOCKS_PASS, world=link)
+        with Client(listener_of(server, NEAR_THERE)) as client:
+            client.greet()
+            wait_for_record(server, f"tcp/accept [: rfc931%root@{NEAR}.{client.address[1]} {NEAR}.")
+    assert {host for host, _ in identd.queries} == {NEAR}
+
+
+def test_relay_is_at_the_link_of_the_client(sockd: Factory, link: World, peer: StartPeer) -> None:
+    echo = peer("udp-echo")
+    server = sockd(HEAD.format(external=OWN_IPV4) + CLIENT_PASS + SOCKS_PASS, world=link)
+    with Client(listener_of(server, NEAR_THERE)) as client, UdpClient(whole_address(NEAR_THERE, 0)) as udp:
+        reply = client.open5(UDP_ASSOCIATE, "::", 0)
+        assert (reply.code, reply.host) == (0, NEAR)
+        udp.send(whole_address(NEAR_THERE, reply.port), "127.0.0.1", echo.port, b"comes")
+        assert udp.receive((NEAR, reply.port)).data == b"comes"
+
+
+def test_client_is_called_back_over_its_link(sockd: Factory, link: World) -> None:
+    head = "extension: bind\n" + HEAD.format(external=OWN_IPV4)
+    server = sockd(head + CLIENT_PASS + SOCKS_PASS, world=link)
+    with Caller(listener_of(server, NEAR_THERE), NEAR_THERE) as client:
+        bound = client.open_several()
+        with Client(bound) as visitor, client.accept() as called:
+            assert called.source[0] == NEAR
+            assert called.exchange_with(visitor, b"comes")
