@@ -6073,6 +6073,11 @@ def describe_tcp_info(connections: Sequence[socket.socket]) -> str:
     return "\n".join(lines)
 
 
+def decode_path(text: str) -> str:
+    """Return a path of the configuration, whose text is bytes (see WIRE_TEXT), as Python names files."""
+    return os.fsdecode(text.encode(WIRE_TEXT))
+
+
 class SystemSurroundings:
     """The grammar's view of this machine, asked while its databases are in reach."""
 
@@ -13901,6 +13906,7 @@ def read_config(options: Options) -> tuple[Config | None, tuple[Complaint, ...]]
     config, complaints = parse_config(text, path, SystemSurroundings())
     if config is None:
         return None, complaints
+    config = config._replace(chroot=decode_path(config.chroot), passwordfile=decode_path(config.passwordfile))
     if config.debug if options.debug is None else options.debug:
         config = log_everything(config)
     config, faults = load_all_credentials(config)
@@ -15219,6 +15225,14 @@ def parse_number_option(letter: str, text: str, low: int) -> int:
     return int(text)
 
 
+def parse_text_option(name: str, text: str) -> str:
+    """Return the text given to an option; ConfigError if it is empty, as a script's unset variable is."""
+    # Unlike Dante, which runs on without the pid file.
+    if not text:
+        raise ConfigError(f"illegal value for {name} option: it is empty")
+    return text
+
+
 SHORT_OPTIONS, LONG_OPTIONS = "DLN:Vd:f:hnp:v", ("chroot=", "add-user=")
 OPTION_VALUES: dict[str, Callable[[str], dict[str, object]]] = {
     "-D": lambda _: {"daemon": True},
@@ -15226,13 +15240,13 @@ OPTION_VALUES: dict[str, Callable[[str], dict[str, object]]] = {
     "-N": lambda text: {"servers": parse_number_option("N", text, 1)},
     "-V": lambda _: {},
     "-d": lambda text: {"debug": parse_number_option("d", text, 0)},
-    "-f": lambda text: {"config_file": text},
+    "-f": lambda text: {"config_file": parse_text_option("-f", text)},
     "-h": lambda _: {},
     "-n": lambda _: {"keepalive": False},
-    "-p": lambda text: {"pidfile": text},
+    "-p": lambda text: {"pidfile": parse_text_option("-p", text)},
     "-v": lambda _: {},
-    "--add-user": lambda text: {"add_user": text},
-    "--chroot": lambda text: {"chroot": text},
+    "--add-user": lambda text: {"add_user": parse_text_option("--add-user", text)},
+    "--chroot": lambda text: {"chroot": parse_text_option("--chroot", text)},
 }
 
 
