@@ -80,6 +80,10 @@ from collections.abc import Callable, Container, Iterable, Iterator, MutableMapp
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+if sys.version_info < (3, 10):  # noqa: UP036
+    # What stands below would end it in a traceback.
+    raise SystemExit("sockd needs Python 3.10 or newer")
+
 __version__ = "1.0.0"
 
 T = TypeVar("T")

@@ -55,6 +55,16 @@ def find_interpreter(minor: int) -> str | None:
     return None
 
 
+@pytest.mark.parametrize("minor", [8, 9])
+def test_older_version_says_what_is_needed(minor: int) -> None:
+    python = find_interpreter(minor)
+    if not python:
+        pytest.skip(f"there is no Python 3.{minor}")
+    result = subprocess.run([python, str(SOCKD), "-v"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "sockd needs Python 3.10 or newer\n"
+
+
 def test_syntax_is_that_of_the_oldest_version() -> None:
     ast.parse(SOCKD.read_text(), feature_version=(3, MINORS[0]))
 
