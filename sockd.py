@@ -7343,28 +7343,55 @@ def make_setting() -> bytes:
     return b"$6$" + bytes(SALT_LETTERS[byte & 63] for byte in os.urandom(16))
 
 
+def replace_file(path: str, data: bytes, state: os.stat_result | None) -> None:
+    """Put data in the place of a file, whose owner and mode stay; OSError, and then all is as it was."""
+    new = f"{path}.new.{os.getpid()}"
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            if state is not None:
+                os.fchown(descriptor, state.st_uid, state.st_gid)
+                os.fchmod(descriptor, state.st_mode & 0o777)
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(new, path)
+    except BaseException as error:  # Ctrl-C as well
+        os.unlink(new)
+        if isinstance(error, OSError) and error.errno == errno.EBUSY:
+            text = "it is mounted by itself, so it cannot be replaced: mount the directory that it is in"
+            raise OSError(errno.EBUSY, text, path) from None
+        raise
+
+
 def add_account(path: str, user: bytes, password: bytes) -> None:
     """Write an account into a password file, in the place of one of the same name; OSError.
 
-    The file is replaced as a whole, so a server never reads half of it; its owner and mode stay.
+    The file is replaced as a whole, so a server never reads half of it.  A link to it stays.
     """
+    path = os.path.realpath(path)
     line = user + b":" + crypt(password, make_setting())
     try:
         with open(path, "rb") as file:
-            lines, state = file.read().splitlines(), os.fstat(file.fileno())
+            data, state = file.read().removesuffix(b"\n"), os.fstat(file.fileno())
     except FileNotFoundError:
-        lines, state = [], None
-    kept = [old for old in lines if old.partition(b":")[0].strip() != user]
-    new = f"{path}.new.{os.getpid()}"
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as file:
-        if state is not None:
-            os.fchmod(descriptor, state.st_mode & 0o777)
-            os.fchown(descriptor, state.st_uid, state.st_gid)
-        file.write(b"\n".join([*kept, line, b""]))
-        file.flush()
-        os.fsync(descriptor)
-    os.replace(new, path)
+        data, state = b"", None
+    kept = [old for old in data.split(b"\n") if old.strip().partition(b":")[0] != user] if data else []
+    replace_file(path, b"\n".join([*kept, line, b""]), state)
+
+
+def find_account_fault(user: bytes) -> str:
+    """Say why nobody could log in by a name, or "" if somebody can; see parse_account_lines."""
+    if not 1 <= len(user) <= 255 or set(user) & set(b":\n\r\0#"):  # RFC 1929 section 2
+        return 'a user name has 1 to 255 bytes, and no ":", "#" or line end'
+    return "a user name neither begins nor ends with a blank" if user != user.strip() else ""
+
+
+def find_password_fault(password: bytes) -> str:
+    """Say why nobody could log in with a password, or "" if somebody can; see verify_username."""
+    if not 1 <= len(password) <= 255:  # RFC 1929 section 2
+        return "a password has 1 to 255 bytes"
+    return "a password has no NUL" if 0 in password else ""
 
 
 class AccountLine(NamedTuple):
@@ -15219,12 +15246,18 @@ OF THIS SOFTWARE, EVEN IF ADVISED OF THE POSSIBILITY OF SUCH DAMAGE.
 """
 
 
-def parse_number_option(letter: str, text: str, low: int) -> int:
+MOST_WORKERS = 1024
+MOST_DEBUG = 999_999_999
+
+
+def parse_number_option(letter: str, text: str, low: int, high: int) -> int:
     """Return the number given to an option; ConfigError if it is none."""
-    if not text.isdecimal() or int(text) < low:
+    is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(MOST_DEBUG))
+    if not is_number or not low <= int(text) <= high:
         least = {0: "zero", 1: "one"}[low]
         raise ConfigError(
-            f"illegal value for -{letter} option: {text}.  Must be a number and greater or equal to {least}"
+            f"illegal value for -{letter} option: {shorten(text)}.  "
+            f"Must be a number and greater or equal to {least}, and at most {high}"
         )
     return int(text)
 
@@ -15241,9 +15274,9 @@ SHORT_OPTIONS, LONG_OPTIONS = "DLN:Vd:f:hnp:v", ("chroot=", "add-user=")
 OPTION_VALUES: dict[str, Callable[[str], dict[str, object]]] = {
     "-D": lambda _: {"daemon": True},
     "-L": lambda _: {},
-    "-N": lambda text: {"servers": parse_number_option("N", text, 1)},
+    "-N": lambda text: {"servers": parse_number_option("N", text, 1, MOST_WORKERS)},
     "-V": lambda _: {},
-    "-d": lambda text: {"debug": parse_number_option("d", text, 0)},
+    "-d": lambda text: {"debug": parse_number_option("d", text, 0, MOST_DEBUG)},
     "-f": lambda text: {"config_file": parse_text_option("-f", text)},
     "-h": lambda _: {},
     "-n": lambda _: {"keepalive": False},
@@ -15286,16 +15319,46 @@ def describe_usage(program: str) -> str:
     return USAGE.format(program=program, config=config, pidfile=pidfile)
 
 
+def write_out(descriptor: int, text: str) -> None:
+    """Write to standard output or standard error; OSError.
+
+    Not by way of sys.stdout: that is None where the caller has closed it, and says once more at the exit
+    what could not be written.
+    """
+    data = text.encode(sys.getfilesystemencoding(), "backslashreplace")
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def tell(text: str) -> None:
+    """Write a line to standard error, where somebody reads there."""
+    try:
+        write_out(2, text + "\n")
+    except OSError:
+        pass  # there is nobody left to tell
+
+
 def print_complaints(complaints: Iterable[Complaint]) -> None:
     """Show on stderr what is wrong with the configuration."""
     for complaint in complaints:
-        print(describe_complaint(complaint), file=sys.stderr)
+        tell(describe_complaint(complaint))
 
 
 def fail(program: str, text: str) -> int:
     """Say on stderr why there is no start; return the exit status."""
-    print(f"{program}: error: {text}", file=sys.stderr)
+    tell(f"{program}: error: {text}")
     return 1
+
+
+def show(program: str, text: str) -> int:
+    """Write to standard output what was asked for; return the exit status."""
+    try:
+        if sys.stdout is None:  # and /dev/null is in its place since
+            raise OSError(errno.EBADF, "it is closed")
+        write_out(1, text)
+    except OSError as error:
+        return fail(program, f"cannot write to standard output: {error.strerror}")
+    return 0
 
 
 def serve(options: Options, config: Config) -> int:
@@ -15321,11 +15384,18 @@ def serve(options: Options, config: Config) -> int:
 def read_new_password() -> bytes:
     """Return a password typed twice at the terminal, or the first line of standard input; ConfigError."""
     if not os.isatty(0):
-        return sys.stdin.buffer.readline().rstrip(b"\r\n")
+        line = sys.stdin.buffer.readline(MAX_MESSAGE_BYTES) if sys.stdin else b""
+        if not line:
+            raise ConfigError("standard input has no password")
+        return line.rstrip(b"\r\n")
     getpass = importlib.import_module("getpass").getpass  # here: no server needs it
-    first = getpass("New password: ")
-    if getpass("The same again: ") != first:
-        raise ConfigError("the two passwords are not the same")
+    try:
+        first = getpass("New password: ")
+        if getpass("The same again: ") != first:
+            raise ConfigError("the two passwords are not the same")
+    except EOFError:
+        tell("")  # the terminal is still in the line of the question
+        raise ConfigError("no password was typed") from None
     return os.fsencode(first)
 
 
@@ -15334,17 +15404,18 @@ def add_user(options: Options, config: Config) -> int:
     user = os.fsencode(options.add_user)
     if not config.passwordfile:
         return fail(options.program, f'{options.config_file} names no "passwordfile" to add a user to')
-    if not user or len(user) > 255 or set(user) & set(b":\n\r\0#"):
-        return fail(options.program, 'a user name has 1 to 255 bytes, and no ":", "#" or line end')
     try:
-        password = read_new_password()
-        if not 1 <= len(password) <= 255:  # RFC 1929 section 2
-            return fail(options.program, "a password has 1 to 255 bytes")
+        fault = find_account_fault(user)
+        password = b"" if fault else read_new_password()
+        fault = fault or find_password_fault(password)
+        if fault:
+            return fail(options.program, fault)
         add_account(config.passwordfile, user, password)
-    except (ConfigError, OSError) as error:
-        return fail(options.program, f"user not added: {error}")
-    print(f"user {options.add_user} written to {config.passwordfile}")
-    return 0
+    except (ConfigError, OSError, ValueError) as error:  # ValueError: a terminal's bytes that are no text
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        return fail(options.program, f"user not added: {where}{getattr(error, 'strerror', '') or error}")
+    show(options.program, f"user {options.add_user} written to {config.passwordfile}\n")
+    return 0  # the account is there, whoever has heard of it
 
 
 def open_standard_descriptors() -> None:
@@ -15359,26 +15430,21 @@ def open_standard_descriptors() -> None:
     os.close(descriptor)
 
 
-def main() -> int:
-    """Run the command line; return the exit status."""
-    program = os.path.basename(sys.argv[0]).removesuffix(".py") or "sockd"
-    leave_boot_process()
-    open_standard_descriptors()
+def run_command_line(program: str) -> int:
+    """Do what the command line wants; return the exit status."""
     text_option = find_text_option(sys.argv[1:])
     if text_option:
         text = LICENSE_TEXT if text_option == "-L" else describe_usage(program)
-        sys.stdout.write(f"{COPYRIGHT}\n{text}")
-        return 0
+        return show(program, f"{COPYRIGHT}\n{text}")
     try:
         options, modes = parse_options(program, sys.argv[1:])
     except getopt.GetoptError as error:
-        sys.stderr.write(f"{program}: {error}\n{COPYRIGHT}\n{describe_usage(program)}")
+        tell(f"{program}: {error}\n{COPYRIGHT}\n{describe_usage(program)}".rstrip("\n"))
         return 1
     except ConfigError as error:
         return fail(program, str(error))
     if "-v" in modes:
-        print(COPYRIGHT)
-        return 0
+        return show(program, f"{COPYRIGHT}\n")
     config, complaints = read_config(options)
     print_complaints(complaints)
     if config is None:
@@ -15386,6 +15452,17 @@ def main() -> int:
     if options.add_user:
         return add_user(options, config)
     return 0 if "-V" in modes else serve(options, config)
+
+
+def main() -> int:
+    """Run the program; return the exit status."""
+    program = os.path.basename(sys.argv[0]).removesuffix(".py") or "sockd"
+    leave_boot_process()
+    open_standard_descriptors()
+    try:
+        return run_command_line(program)
+    except KeyboardInterrupt:  # while it is asked for a password, or at a slow start
+        return fail(program, "interrupted")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from servers import WITHIN, sockd_command
+
+import sockd
 
 CONFIG = """\
 internal: 127.0.0.1 port = 0
@@ -68,3 +72,176 @@ def test_paths_may_have_any_letters(how: str, locale: str, as_root: None, tmp_pa
     assert sorted(os.listdir(os.fsencode(tmp_path))) == sorted(
         map(os.path.basename, (folder, accounts, b"sockd.conf"))
     )
+
+
+# ------------------------------ accounts ------------------------------
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    """A configuration with a password file, that is not there yet, in a folder of its own."""
+    (tmp_path / "accounts").mkdir()
+    path = tmp_path / "sockd.conf"
+    path.write_text(f"passwordfile: {tmp_path}/accounts/users\n{CONFIG}")
+    return path
+
+
+def list_accounts(config_path: Path) -> list[str]:
+    """Name what is in the folder of the password file."""
+    return sorted(os.listdir(config_path.parent / "accounts"))
+
+
+def add_user(config_path: Path, name: str | bytes, text: bytes = b"secret\n", **more: object) -> object:
+    return run_options("-f", str(config_path), "--add-user", name, text=text, **more)
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        (" alice", b"secret\n", "neither begins nor ends with a blank"),
+        ("alice ", b"secret\n", "neither begins nor ends with a blank"),
+        ("\talice", b"secret\n", "neither begins nor ends with a blank"),
+        ("a:b", b"secret\n", "a user name has"),
+        ("alice", b"sec\0ret\n", "a password has no NUL"),
+        ("alice", b"", "standard input has no password"),
+        ("alice", b"\n", "a password has 1 to 255 bytes"),
+        ("alice", b"x" * 256, "a password has 1 to 255 bytes"),
+    ],
+    ids=repr,
+)
+def test_account_that_nobody_could_use_is_refused(
+    config_path: Path, name: str, text: bytes, expected: str
+) -> None:
+    check_one_line(add_user(config_path, name, text), expected)
+    assert list_accounts(config_path) == []
+
+
+def test_account_is_added_behind_a_link_and_leaves_the_others(config_path: Path) -> None:
+    real, link = config_path.parent / "real", config_path.parent / "accounts" / "users"
+    real.write_bytes(b"alice :$old\r\n alice:$old\n#alice:no\nbob:$bob")
+    real.chmod(0o640)
+    link.symlink_to("../real")
+    result = add_user(config_path, "alice")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert link.is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o640
+    *kept, last = real.read_bytes().splitlines(keepends=True)
+    assert kept == [b"alice :$old\r\n", b"#alice:no\n", b"bob:$bob\n"]
+    assert sockd.check_password(sockd.parse_account_lines(last)[b"alice"], b"", b"secret", 0)
+
+
+@pytest.mark.parametrize("call", ["fchmod", "fchown", "fsync", "replace"])
+def test_account_that_cannot_be_written_leaves_nothing_behind(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "users"
+    path.write_text("bob:$bob\n")
+
+    def fail(*_: object) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(sockd.os, call, fail)
+    with pytest.raises(OSError, match="mount the directory"):
+        sockd.add_account(str(path), b"alice", b"secret")
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["users"]
+    assert path.read_text() == "bob:$bob\n"
+
+
+@pytest.mark.root
+def test_password_file_that_is_mounted_is_explained(config_path: Path, as_root: None) -> None:
+    users = config_path.parent / "accounts" / "users"
+    users.touch()
+    script = f'mount --bind {users} {users} && exec "$@"'
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *sockd_command()]
+    result = subprocess.run(
+        [*command, "-f", str(config_path), "--add-user", "alice"],
+        input=b"secret\n",
+        capture_output=True,
+        check=False,
+    )
+    check_one_line(result, str(users), "mount the directory")
+    assert list_accounts(config_path) == ["users"]
+
+
+def test_account_has_a_name_that_cannot_be_shown(config_path: Path) -> None:
+    result = add_user(config_path, b"al\xefce", env={**os.environ, "LC_ALL": "C.UTF-8"})
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"user al\\udcefce written" in result.stdout
+
+
+def test_account_is_there_where_its_success_cannot_be_shown(config_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        result = add_user(config_path, "alice", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert (result.returncode, len(result.stderr.splitlines())) == (0, 1)
+    assert list_accounts(config_path) == ["users"]
+
+
+def test_password_cannot_be_asked_for_where_standard_input_is_closed(config_path: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", *sockd_command()]
+    result = subprocess.run(
+        [*command, "-f", str(config_path), "--add-user", "alice"], capture_output=True, check=False
+    )
+    check_one_line(result, "standard input has no password")
+
+
+def type_password(config_path: Path, keys: list[bytes]) -> tuple[int, bytes]:
+    """Answer each question at a terminal with these keys; give exit status and what is on the screen."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        command = [*sockd_command(), "-f", str(config_path), "--add-user", "alice"]
+        os.execvp(command[0], command)
+    screen = b""
+    while True:
+        try:
+            piece = os.read(terminal, 1024)
+        except OSError:
+            break
+        screen += piece
+        if keys and screen.endswith(b": "):
+            time.sleep(0.2)  # getpass(3) drops what was typed before it has turned off the echo
+            os.write(terminal, keys.pop(0))
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), screen
+
+
+@pytest.mark.parametrize(
+    "keys, status, expected",
+    [
+        ([b"secret\n", b"secret\n"], 0, b"user alice written"),
+        ([b"secret\n", b"other\n"], 1, b"the two passwords are not the same"),
+        ([b"\x03"], 1, b"error: interrupted"),
+        ([b"secret\n", b"\x03"], 1, b"error: interrupted"),
+        ([b"\x04"], 1, b"user not added: no password was typed"),
+    ],
+    ids=["right", "other", "Ctrl-C", "Ctrl-C later", "Ctrl-D"],
+)
+def test_password_is_typed_twice(config_path: Path, keys: list[bytes], status: int, expected: bytes) -> None:
+    found, screen = type_password(config_path, list(keys))
+    assert (found, b"Traceback" in screen) == (status, False), screen
+    assert screen.count(expected) == 1
+    assert list_accounts(config_path) == (["users"] if status == 0 else [])
+
+
+# ------------------------------ output that nobody can read ------------------------------
+
+
+@pytest.mark.parametrize("option", ["-L", "-h", "-v"])
+@pytest.mark.parametrize("where", [">/dev/full", ">&-", "| true"], ids=["full", "closed", "gone"])
+def test_output_that_cannot_be_written_is_one_line(option: str, where: str) -> None:
+    # The pipe is to be gone when it is written to.
+    script = f'(sleep 0.3; exec "$@" {option}) {where}' if "|" in where else f'exec "$@" {option} {where}'
+    command = ["bash", "-o", "pipefail", "-c", script, "sh", *sockd_command()]
+    check_one_line(
+        subprocess.run(command, capture_output=True, check=False), "cannot write to standard output"
+    )
+
+
+@pytest.mark.parametrize("where", ["2>&-", "2>/dev/full"])
+def test_complaint_that_cannot_be_written_is_no_traceback(where: str, tmp_path: Path) -> None:
+    path = tmp_path / "sockd.conf"
+    path.write_text(CONFIG.replace("from: 0/0", "from: 192.0.2.1"))  # a warning: no mask
+    command = ["sh", "-c", f'exec "$@" {where}', "sh", *sockd_command()]
+    for options, status in (("-V", "-f", str(path)), 0), (("-Z",), 1), (("-f", "/nonexistent"), 1):
+        result = subprocess.run([*command, *options], capture_output=True, check=False)
+        assert (result.returncode, result.stdout, result.stderr) == (status, b"", b"")
