@@ -620,7 +620,7 @@ class Scanner:
     """The text of one configuration file and how far it has been read."""
 
     def __init__(self, text: str, file: str) -> None:
-        self.text = text.removeprefix("\ufeff")
+        self.text = text.removeprefix("\xef\xbb\xbf")  # UTF-8's mark, as some editors write it
         self.file = file
         self.offset = 0
         self._known_line = 1  # the line in which _known_offset lies, and where it starts
@@ -1222,7 +1222,8 @@ def take_address(parser: Parser, keyword: Token) -> Token:
 
 def check_name(parser: Parser, token: Token) -> None:
     """Refuse what cannot be a host name, and doubt what looks like a mistyped address."""
-    hint = "0/0 stands for every address" if token.text in ("*", "0", "any", "all") else ""
+    every = "0.0.0.0 and :: stand" if parser.draft.context == "global" else "0/0 stands"
+    hint = f"{every} for every address" if token.text in ("*", "0", "any", "all") else ""
     if len(token.text) < 2 or not HOST_NAME.fullmatch(token.text):
         if token.text.startswith("*."):
             hint = f"{token.text[1:]} stands for every name in that domain"
@@ -7560,6 +7561,10 @@ def verify_pam(service: str, user: bytes, password: bytes, client: str) -> str:
     name = user or PAM_USER_BY_ADDRESS.encode()
     if authenticator.authenticate(name, password, service, encoding="latin-1", resetcreds=False):
         return ""
+    if str(authenticator.reason).startswith("pam_start()"):
+        # python-pam has the text as bytes, and shows them so.
+        why = str(authenticator.reason).replace("b'", "", 1).removesuffix("'")
+        raise Unverified(f'{why} (service "{service}": is it in /etc/pam.d?)')
     shown = escape_bytes(user) or "<no user specified>"
     fault = f'pam_authenticate() for user "{shown}" failed: {authenticator.reason}'
     if failed_call[0] == "account":
@@ -13740,6 +13745,8 @@ DEFAULT_CONFIG, DEFAULT_PIDFILE = "/etc/sockd.conf", "/var/run/sockd.pid"
 DANTED_CONFIG, DANTED_PIDFILE = "/etc/danted.conf", "/var/run/danted.pid"
 DEBUG_EVENTS = frozenset({"connect", "disconnect", "error", "ioop"})
 PIDFILE_MODE = 0o644  # As Dante.
+MOST_CONFIG_BYTES = 64 << 20
+CONFIG_SECONDS = 10.0  # for who writes a configuration into a pipe
 FALLBACK_USER = "nobody"  # where root starts us and user.unprivileged is not set
 RESPAWN_SECONDS = 1.0  # at least this long between two forks of a child that keeps dying
 CHILDREN_STOP_SECONDS = 0.9  # for children that do not end by themselves
@@ -13925,13 +13932,43 @@ def log_everything(config: Config) -> Config:
     )
 
 
+def wait_for_writer(descriptor: int, deadline: float) -> None:
+    """Wait until there is more to read from a pipe; OSError if that takes too long."""
+    try:
+        wait_for(descriptor, select.POLLIN, deadline)
+    except DeadlinePassed:
+        text = f"its end has not come within {CONFIG_SECONDS:.0f} seconds"
+        raise OSError(errno.ETIMEDOUT, text) from None
+
+
+def read_config_file(path: str) -> bytes:
+    """Return what is in a configuration file, or comes through a pipe in time; OSError.
+
+    A server that reads it again must not hang, nor fill its memory, whatever there is by that name.
+    """
+    data = bytearray()
+    deadline = time.monotonic() + CONFIG_SECONDS
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    with open(descriptor, "rb", buffering=0) as file:
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+            raise OSError(errno.EINVAL, "it is a device")
+        while len(data) <= MOST_CONFIG_BYTES:
+            piece = file.read(READ_BYTES)
+            if piece is None:
+                wait_for_writer(descriptor, deadline)
+                continue
+            data += piece
+            if not piece:
+                return bytes(data)
+    raise OSError(errno.EFBIG, f"it has more than {MOST_CONFIG_BYTES} bytes")
+
+
 def read_config(options: Options) -> tuple[Config | None, tuple[Complaint, ...]]:
     """Parse the configuration file and check what needs this machine; opens no port."""
     path = options.config_file
     try:
-        with open(path, "rb") as file:
-            # Names of users and hosts are bytes of no known encoding: latin-1 keeps them (see WIRE_TEXT).
-            text = file.read().decode("latin-1")
+        # Names of users and hosts are bytes of no known encoding: latin-1 keeps them (see WIRE_TEXT).
+        text = read_config_file(path).decode("latin-1")
     except OSError as error:
         return None, (Complaint("error", f"could not open config file {path}: {error.strerror}"),)
     config, complaints = parse_config(text, path, SystemSurroundings())
@@ -14418,6 +14455,7 @@ class Mother:
         preload()
         preload_for_helpers()
         forget_unpacked_files()
+        self.warn_of_lost_log()
         self.caller = daemonize() if self.options.daemon else -1
         prctl(PR_SET_CHILD_SUBREAPER, 1)  # for end_strays
         self.log.take_over()
@@ -14429,6 +14467,13 @@ class Mother:
             raise ConfigError("cannot start the processes that serve (see the log)")
         self.tell_ready()
         self.release_caller()
+
+    def warn_of_lost_log(self) -> None:
+        """Tell who starts a daemon that its log goes nowhere.  Unlike Dante, which says nothing."""
+        names = {*self.config.logoutput}
+        if self.options.daemon and names and names <= {"stdout", "stderr"}:
+            text = f"-D: logoutput names only {' and '.join(sorted(names))}, which goes nowhere from now on"
+            self.log.write("warning", f"{text}: name syslog or a file")
 
     def release_caller(self) -> None:
         """Let the caller of -D go on."""

@@ -245,3 +245,66 @@ def test_complaint_that_cannot_be_written_is_no_traceback(where: str, tmp_path: 
     for options, status in (("-V", "-f", str(path)), 0), (("-Z",), 1), (("-f", "/nonexistent"), 1):
         result = subprocess.run([*command, *options], capture_output=True, check=False)
         assert (result.returncode, result.stdout, result.stderr) == (status, b"", b"")
+
+
+# ------------------------------ files that are no configuration ------------------------------
+
+
+def check_file(path: Path | str, **more: object) -> subprocess.CompletedProcess[bytes]:
+    return run_options("-V", "-f", str(path), **more)
+
+
+def test_configuration_may_come_through_a_pipe() -> None:
+    assert check_file("/dev/stdin", text=CONFIG.encode()).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["zero", "null", "urandom"])
+def test_device_is_no_configuration(name: str) -> None:
+    check_one_line(check_file(f"/dev/{name}"), f"could not open config file /dev/{name}: it is a device")
+
+
+def test_file_of_any_size_is_answered(tmp_path: Path) -> None:
+    path = tmp_path / "sockd.conf"
+    path.touch()
+    os.truncate(path, 3 << 30)
+    check_one_line(check_file(path), f"could not open config file {path}: it has more than")
+
+
+def test_pipe_that_nobody_writes_to_is_answered(tmp_path: Path) -> None:
+    path = tmp_path / "sockd.conf"
+    os.mkfifo(path)
+    check_one_line(check_file(path), "is empty")
+
+
+def test_pipe_whose_writer_says_nothing_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sockd.conf"
+    os.mkfifo(path)
+    monkeypatch.setattr(sockd, "CONFIG_SECONDS", 0.01)
+    silent = os.open(path, os.O_RDWR)
+    try:
+        config, (complaint,) = sockd.read_config(sockd.Options(config_file=str(path)))
+    finally:
+        os.close(silent)
+    assert config is None
+    assert "its end has not come within" in complaint.text
+
+
+def test_mark_of_utf8_at_the_beginning_is_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "sockd.conf"
+    path.write_text("\ufeff" + CONFIG, encoding="utf-8")
+    assert check_file(path).returncode == 0
+    path.write_text("\ufeffnonsense: 1\n" + CONFIG, encoding="utf-8")
+    assert f"{path}:1:1: error: ".encode() in check_file(path).stderr
+
+
+def test_daemon_whose_log_goes_nowhere_is_warned_of() -> None:
+    text = "-D: logoutput names only stderr and stdout, which goes nowhere from now on"
+    options = sockd.Options(daemon=True)
+    for names, is_lost in (
+        (("stderr", "stdout"), True), (("stderr", "syslog"), False), ((), False), (("/dev/null",), False)
+    ):  # fmt: skip
+        said: list[str] = []
+        mother = sockd.Mother(options, sockd.Config("", logoutput=names))
+        mother.log.write = lambda _, text, said=said: said.append(text)  # type: ignore[method-assign,misc]
+        mother.warn_of_lost_log()
+        assert any(text in line for line in said) == is_lost

@@ -149,6 +149,7 @@ DIFFERENCES = {
     "take_peer": "BIND for several",
     "record_failure": "BIND for several",
     "daemonize": "Background",
+    "warn_of_lost_log": "Background",
     "parse_text_option": "Empty options",
     "find_accounts": "Not as root",
     "admit": "libwrap",

@@ -608,6 +608,21 @@ def test_old_workers_serve_on_where_new_ones_cannot_be_forked(
     server.take_baseline()
 
 
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_file_that_has_become_something_else_is_not_waited_for(
+    sockd: Factory, enter: Callable[[Server], Client], peer: StartPeer, kind: str
+) -> None:
+    server, target = sockd(PLAIN), peer("echo").address
+    server.config_path.unlink()
+    if kind == "fifo":
+        os.mkfifo(server.config_path)
+    else:
+        server.config_path.symlink_to("/dev/zero")
+    server.reload()
+    assert any("config not reloaded" in message for message in server.messages)
+    assert enter(server).open5(CONNECT, *target).code == 0
+
+
 def test_log_that_was_missing_at_the_start_hinders_no_reload(sockd: Factory, tmp_path: Path) -> None:
     path = tmp_path / "logs" / "log"
     logs = f"logoutput: stderr\nerrorlog: {path}\n"
