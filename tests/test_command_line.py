@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pty
+import select
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -189,10 +191,13 @@ def type_password(config_path: Path, keys: list[bytes]) -> tuple[int, bytes]:
     """Answer each question at a terminal with these keys; give exit status and what is on the screen."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs have it ignored
         command = [*sockd_command(), "-f", str(config_path), "--add-user", "alice"]
         os.execvp(command[0], command)
     screen = b""
     while True:
+        if not select.select([terminal], [], [], WITHIN)[0]:
+            os.kill(pid, signal.SIGKILL)
         try:
             piece = os.read(terminal, 1024)
         except OSError:
