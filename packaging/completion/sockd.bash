@@ -12,8 +12,12 @@ _sockd() {
             mapfile -t COMPREPLY < <(compgen -d -- "$current")
             return
             ;;
-        -N | -d)
-            mapfile -t COMPREPLY < <(compgen -W '0 1 2 4 8' -- "$current")
+        -N)
+            mapfile -t COMPREPLY < <(compgen -W '1 2 4 8' -- "$current")
+            return
+            ;;
+        -d)
+            mapfile -t COMPREPLY < <(compgen -W '0 1 2' -- "$current")
             return
             ;;
         --add-user)

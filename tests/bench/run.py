@@ -95,9 +95,14 @@ def choose_servers(wanted: str | None, notes: list[str]) -> list[Server]:
 
 
 def choose_tasks(tasks: list[Task], only: str) -> tuple[list[Task], list[Row]]:
-    """Return the tasks and the rows that the filter leaves."""
-    pattern = re.compile(only)
+    """Return the tasks and the rows that the filter leaves; BenchError if that is none."""
+    try:
+        pattern = re.compile(only)
+    except re.error as error:
+        raise BenchError(f"--only {only}: {error}") from None
     rows = [row for task in tasks for row in task.rows if pattern.search(row.key)]
+    if not rows:
+        raise BenchError(f"--only {only}: no row has such a key (--list lists them)")
     return [task for task in tasks if any(row in rows for row in task.rows)], rows
 
 
