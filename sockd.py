@@ -14083,6 +14083,23 @@ def ignore_signal(number: int, frame: object) -> None:
     """Do nothing: the wake-up descriptor has already told the loop."""
 
 
+def interrupt(number: int, frame: object) -> None:
+    """Raise KeyboardInterrupt, but once: the executable has Ctrl-C from the terminal and from its parent."""
+    signal.signal(number, ignore_signal)
+    raise KeyboardInterrupt
+
+
+def ignore_interrupts() -> None:
+    """Let no second one end us on our way out, when Python's own handlers have gone already."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def expect_interrupt() -> None:
+    """Let Ctrl-C interrupt what comes before the server runs, unless the caller has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+
+
 def describe_status(status: int) -> str:
     """Return how a child ended, behind "exited unexpectedly"."""
     if os.WIFSIGNALED(status):
@@ -15504,9 +15521,11 @@ def main() -> int:
     program = os.path.basename(sys.argv[0]).removesuffix(".py") or "sockd"
     leave_boot_process()
     open_standard_descriptors()
+    expect_interrupt()
     try:
         return run_command_line(program)
     except KeyboardInterrupt:  # while it is asked for a password, or at a slow start
+        ignore_interrupts()
         return fail(program, "interrupted")
 
 

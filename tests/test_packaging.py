@@ -147,7 +147,12 @@ def read_pid(system: Machine, name: str) -> int:
 # ------------------------------ SysV ------------------------------
 
 
-def install_script(system: Machine, source: Path, config: str = CONFIG) -> Callable[[str], tuple[int, str]]:
+DAEMON_CONFIG = CONFIG.replace("logoutput: stderr", "logoutput: /var/log/sockd.log")
+
+
+def install_script(
+    system: Machine, source: Path, config: str = DAEMON_CONFIG
+) -> Callable[[str], tuple[int, str]]:
     """Install program, configuration and init script; give what runs an action of the script."""
     system.install_sockd()
     system.write("/etc/sockd.conf", config)
