@@ -225,12 +225,21 @@ def trace_all_threads(session: sockd.Session) -> None:
 
 
 def leave_children(generations: int) -> None:
-    """Fork a process that takes clients, and as many below it."""
+    """Fork a process that takes clients, and as many below it; return when they are there."""
+    reader, writer = os.pipe()
+    begin_generation(generations, writer)
+    left = generations
+    while left:
+        left -= len(os.read(reader, left))
+
+
+def begin_generation(generations: int, ready: int) -> None:
     if os.fork():
         return
     os.setsid()
     if generations > 1:
-        leave_children(generations - 1)
+        begin_generation(generations - 1, ready)
+    os.write(ready, b".")
     LISTENERS[0].setblocking(True)
     while True:
         with LISTENERS[0].accept()[0] as connection:
