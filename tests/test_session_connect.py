@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import resource
 import signal
 import socket
 import threading
@@ -927,27 +928,26 @@ def test_transfers_side_by_side_keep_every_byte(server: Server, peer: StartPeer)
 # ------------------------------ numbers and options ------------------------------
 
 
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """Let this process have as many descriptors as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_descriptors")
 def test_descriptors_above_1024_serve_as_well(sockd: Any, private_world: World, peer: StartPeer) -> None:
-    server = sockd(EVERYTHING, world=ManyDescriptors(private_world.files))
+    server = sockd(EVERYTHING, world=private_world)
     target = peer("echo")
-    with Client(server.addresses[0]) as client:
-        assert client.open5(CONNECT, "echo.test", target.port).code == 0
-        assert client.exchange(b"high") == b"high"
-        assert highest_descriptor(server) > 1100
-
-
-class ManyDescriptors(World):
-    """A world whose servers inherit so many descriptors that their own have high numbers."""
-
-    SCRIPT = (
-        "import os, sys\n"
-        "for number in range(10, 1100): os.dup2(0, number)\n"
-        "os.execvp(sys.argv[1], sys.argv[1:])\n"
-    )
-
-    def wrap(self, command: list[str]) -> list[str]:
-        """Give the command that runs `command` in this world, in the same process."""
-        return super().wrap(["python3", "-c", self.SCRIPT, *command])
+    with contextlib.ExitStack() as crowd:
+        for _ in range(1100):
+            crowd.enter_context(Client(server.addresses[0]))
+        eventually(lambda: highest_descriptor(server) > 1100)
+        with Client(server.addresses[0]) as client:
+            assert client.open5(CONNECT, "echo.test", target.port).code == 0
+            assert client.exchange(b"high") == b"high"
 
 
 @pytest.mark.parametrize(("options", "timers"), [((), 2), (("-n",), 0)], ids=["default", "-n"])
