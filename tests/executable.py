@@ -1,4 +1,4 @@
-"""The server as one executable, built once for each state of what it is made of.
+"""The server as one executable and in byte code, made once for each state of what they are made of.
 
 Run as a program it prints the path of the executable.
 """
@@ -6,8 +6,10 @@ Run as a program it prints the path of the executable.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import os
+import py_compile
 import shutil
 import subprocess
 import sys
@@ -35,20 +37,41 @@ def build(folder: Path) -> str:
 
 
 def remove_old() -> None:
-    """Remove the executables of trees that nobody has tested for a week."""
-    for folder in CACHE.glob("executable-*"):
+    """Remove what was made of trees that nobody has tested for a week."""
+    for folder in (*CACHE.glob("executable-*"), *CACHE.glob("compiled-*")):
         if time.time() - folder.stat().st_mtime > WEEK_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def find_executable() -> Path:
-    """Give the executable of this tree, building it if it is not there; NotBuilt."""
+def make_folder(kind: str, parts: tuple[str, ...]) -> Path:
+    """Make the folder for what this Python makes of the parts of this tree, and give it."""
     key = hashlib.sha256(sys.version.encode())
-    for part in PARTS:
+    for part in parts:
         key.update((ROOT / part).read_bytes())
-    folder = CACHE / f"executable-{key.hexdigest()[:16]}"
+    folder = CACHE / f"{kind}-{key.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)
+    return folder
+
+
+@functools.cache
+def find_compiled() -> Path:
+    """Give sockd.py in byte code; Python takes that by the same name as well, and need not compile it.
+
+    It keeps the code of what is imported, but not of what is run, and thousands of servers are run.
+    """
+    path = make_folder("compiled", ("sockd.py",)) / "sockd.py"
+    if not path.exists():
+        new = path.with_name(f"{os.getpid()}.new")
+        py_compile.compile(str(ROOT / "sockd.py"), str(new), doraise=True)
+        new.rename(path)
+        remove_old()
+    return path
+
+
+def find_executable() -> Path:
+    """Give the executable of this tree, building it if it is not there; NotBuilt."""
+    folder = make_folder("executable", PARTS)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "contents").exists():

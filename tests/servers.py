@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import pytest
+from executable import find_compiled
 
 T = TypeVar("T")
 
@@ -527,7 +528,7 @@ class Server:
 def sockd_command() -> list[str]:
     """Give the command that runs sockd, or the executable that SOCKD names, without options."""
     named = os.environ.get("SOCKD")
-    return [named] if named else [sys.executable, str(SOCKD)]
+    return [named] if named else [sys.executable, str(find_compiled())]
 
 
 class Sockd(Server):
