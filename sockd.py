@@ -3259,15 +3259,25 @@ def describe_line(line: str, start: int, length: int) -> list[str]:
     return ["    " + shown, "    " + margin + "^" + "~" * (min(length, room) - 1)]
 
 
+def read_utf8(text: str) -> str:
+    """Return text of the file, each of whose bytes is a character to us, as its author reads it in UTF-8."""
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return text
+
+
 def describe_complaint(complaint: Complaint) -> str:
     """Write a complaint as a compiler does: place, text, the line, a caret and the hint."""
     where = f"{complaint.position}: " if complaint.position else ""
-    lines = [f"{where}{complaint.level}: {complaint.text}"]
+    lines = [f"{where}{complaint.level}: {read_utf8(complaint.text)}"]
     if complaint.position and complaint.line_text:
-        start = complaint.position.column - 1
-        lines += describe_line(complaint.line_text, start, complaint.length)
+        start, line = complaint.position.column - 1, complaint.line_text
+        end = start + complaint.length
+        before, marked, rest = map(read_utf8, (line[:start], line[start:end], line[end:]))
+        lines += describe_line(before + marked + rest, len(before), len(marked))
     if complaint.hint:
-        lines.append(f"    hint: {complaint.hint}")
+        lines.append(f"    hint: {read_utf8(complaint.hint)}")
     return "\n".join(lines)
 
 

@@ -1267,6 +1267,22 @@ def test_describe_shows_the_part_of_a_long_line_that_matters() -> None:
     assert line[caret.index("^")] == "X"
 
 
+def test_describe_shows_utf8_as_it_is_meant() -> None:
+    text = 'internal: "ä" # é'
+    as_read = text.encode().decode("latin-1")
+    given = sockd.Complaint("error", 'no "Ã¤"', sockd.Position("sockd.conf", 3, 11), as_read, 4, 'not "Ã¤"')
+    assert sockd.describe_complaint(given).split("\n") == [
+        'sockd.conf:3:11: error: no "ä"',
+        f"    {text}",
+        "              ^~~",
+        '    hint: not "ä"',
+    ]
+
+
+def test_describe_keeps_what_is_not_utf8() -> None:
+    assert sockd.describe_complaint(sockd.Complaint("error", "no \xe4")) == "error: no \xe4"
+
+
 def test_describe_needs_no_position() -> None:
     assert sockd.describe_complaint(sockd.Complaint("error", "wrong", hint="b")) == (
         "error: wrong\n    hint: b"
