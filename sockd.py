@@ -13810,6 +13810,39 @@ def find_unusable_externals(config: Config) -> tuple[Complaint, ...]:
     return tuple(complaints)
 
 
+def find_place(config: Config, keyword: str) -> Position | None:
+    """Return where the only statement of a keyword stands, or None."""
+    places = [position for name, position in config.uses if name == keyword]
+    return places[0] if len(places) == 1 else None
+
+
+def find_missing(options: Options, config: Config) -> tuple[Complaint, ...]:
+    """Warn of what a start needs that is not here yet: addresses to listen on, folders, the password file.
+
+    Unlike Dante: its -V keeps silent.  No error, as the file may be meant for another machine or time.
+    """
+    faults = []
+    for endpoint in config.internal:
+        try:
+            if endpoint.host not in IP_ANY:
+                check_bindable(endpoint._replace(port=0))
+        except OSError as error:
+            faults.append(("internal", f"cannot listen on {endpoint}: {error.strerror}"))
+    root = options.chroot or config.chroot
+    if root and not os.path.isdir(root):
+        faults.append(
+            ("" if options.chroot else "chroot", f'cannot chroot to "{root}": there is no such directory')
+        )
+    if config.passwordfile and not os.path.exists(config.passwordfile):
+        faults.append(("passwordfile", f'there is no password file "{config.passwordfile}" yet'))
+    for keyword, names in (("logoutput", config.logoutput), ("errorlog", config.errorlog)):
+        for name in names:
+            folder = os.path.dirname(name) if name.startswith("/") else ""
+            if folder and not os.path.isdir(decode_path(folder)):
+                faults.append((keyword, f'cannot open logfile "{name}": there is no directory {folder}'))
+    return tuple(Complaint("warning", text, find_place(config, keyword)) for keyword, text in faults)
+
+
 def needs_warden(config: Config) -> bool:
     """Tell whether workers may have to ask for power: there is no process with privileges without need."""
     rules = (*config.client_rules, *config.socks_rules)
@@ -15524,7 +15557,10 @@ def run_command_line(program: str) -> int:
         return 1
     if options.add_user:
         return add_user(options, config)
-    return 0 if "-V" in modes else serve(options, config)
+    if "-V" in modes:
+        print_complaints(find_missing(options, config))
+        return 0
+    return serve(options, config)
 
 
 def main() -> int:

@@ -156,7 +156,8 @@ def make_slow(connection: socket.socket) -> None:
 def slow_to_close() -> socket.socket:
     """Give a connection whose last close(2) waits."""
     listener = socket.create_server(("127.0.0.1", 0))
-    ours = socket.create_connection(listener.getsockname())
+    ours = socket.socket()  # not create_connection: that would import something, and there are no files
+    ours.connect(listener.getsockname())
     KEPT.extend([listener, listener.accept()[0]])
     make_slow(ours)
     return ours

@@ -252,6 +252,51 @@ def test_complaint_that_cannot_be_written_is_no_traceback(where: str, tmp_path: 
         assert (result.returncode, result.stdout, result.stderr) == (status, b"", b"")
 
 
+# ------------------------------ what is not there yet ------------------------------
+
+
+def find_warnings(path: Path, *options: str) -> list[str]:
+    """Run -V over a good file and give the first lines of what it warns of."""
+    result = run_options("-V", "-f", str(path), *options)
+    assert (result.returncode, result.stdout) == (0, b"")
+    return [line for line in result.stderr.decode().splitlines() if not line.startswith(" ")]
+
+
+def test_check_warns_of_what_a_start_would_miss(tmp_path: Path) -> None:
+    path, jail = tmp_path / "sockd.conf", tmp_path / "jail"
+    path.write_text(
+        f"chroot: {jail}\npasswordfile: {tmp_path}/users\n"
+        f"logoutput: stderr {tmp_path}/lögs/all\nerrorlog: {tmp_path}/lögs/errors\n"
+        + CONFIG.replace("127.0.0.1 port", "192.0.2.7 port")
+    )
+    where = {line.split(":")[0]: number for number, line in enumerate(path.read_text().splitlines(), 1)}
+    unable = "Cannot assign requested address"
+    assert find_warnings(path) == [
+        f"{path}:{where[keyword]}:1: warning: {text}"
+        for keyword, text in (
+            ("internal", f"cannot listen on 192.0.2.7.0: {unable}"),
+            ("chroot", f'cannot chroot to "{jail}": there is no such directory'),
+            ("passwordfile", f'there is no password file "{tmp_path}/users" yet'),
+            (
+                "logoutput",
+                f'cannot open logfile "{tmp_path}/lögs/all": there is no directory {tmp_path}/lögs',
+            ),
+            (
+                "errorlog",
+                f'cannot open logfile "{tmp_path}/lögs/errors": there is no directory {tmp_path}/lögs',
+            ),
+        )
+    ]
+    jail.mkdir()
+    (tmp_path / "lögs").mkdir()
+    (tmp_path / "users").touch()
+    path.write_text(path.read_text().replace("192.0.2.7", "127.0.0.1"))
+    assert find_warnings(path) == []
+    assert find_warnings(path, "--chroot", f"{jail}/x") == [
+        f'warning: cannot chroot to "{jail}/x": there is no such directory'
+    ]
+
+
 # ------------------------------ files that are no configuration ------------------------------
 
 

@@ -123,6 +123,7 @@ DIFFERENCES = {
     "routes_choose": "Wildcard",
     "find_option_fault": "Option levels",
     "check_rules_exist": "Nothing passes",
+    "find_missing": "Not there yet",
     "FINAL_LOG": "Built-in rule",
     "match_domain_text": "Label border",
     "escape_text": "Escapes",
@@ -360,15 +361,23 @@ def test_licence_is_what_the_program_prints() -> None:
 # ------------------------------ configurations ------------------------------
 
 
+NOT_HERE = re.compile(
+    'warning: (cannot chroot to ".*": there is no such directory|there is no password file ".*" yet)$'
+)
+
+
 def program_command() -> list[str]:
     return Sockd.command(Sockd.__new__(Sockd))
 
 
-def verify(path: Path) -> subprocess.CompletedProcess[str]:
+def verify(path: Path) -> tuple[int, str]:
+    """Run -V and give its status and what it says, but for what only this machine has not got."""
     command = [*program_command(), "-V", "-f", str(path)]
-    return subprocess.run(
+    result = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=WITHIN, check=False
     )
+    lines = [line for line in result.stdout.splitlines() if not NOT_HERE.search(line)]
+    return result.returncode, "\n".join(lines)
 
 
 def has_pam() -> bool:
@@ -381,12 +390,12 @@ def has_pam() -> bool:
 
 @pytest.mark.parametrize("path", [ROOT / "sockd.conf", *EXAMPLES], ids=lambda path: path.name)
 def test_configuration_passes_without_a_warning(path: Path) -> None:
-    result = verify(path)
+    status, said = verify(path)
     if path.name == "pam.conf" and not has_pam():
-        assert "python-pam" in result.stdout
-        assert result.stdout.count("\n") == 1
+        assert "python-pam" in said
+        assert "\n" not in said
         return
-    assert (result.returncode, result.stdout) == (0, "")
+    assert (status, said) == (0, "")
 
 
 def test_examples_of_the_manual_pass_without_a_warning(tmp_path: Path) -> None:
@@ -396,8 +405,7 @@ def test_examples_of_the_manual_pass_without_a_warning(tmp_path: Path) -> None:
     for text in files:
         path = tmp_path / "sockd.conf"
         path.write_text(re.sub(r"\beth\d", "lo", text))
-        result = verify(path)
-        assert (result.returncode, result.stdout) == (0, ""), text
+        assert verify(path) == (0, ""), text
 
 
 def test_shipped_configuration_listens_on_loopback_only() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,7 @@ WORLD = re.compile(
 )
 
 
+@functools.cache
 def sections() -> list[tuple[int, int, str]]:
     """Return (first line, number, name) of each banner."""
     return [
