@@ -189,6 +189,8 @@ def unwrap(datagram: bytes) -> Datagram:
 class Client:
     """One TCP connection to a SOCKS server; a context manager that closes it."""
 
+    has_association = False  # which would outlive a FIN by some seconds, as datagrams may come
+
     def __init__(
         self,
         server: Address,
@@ -205,6 +207,8 @@ class Client:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.has_association and self.sock.fileno() >= 0:
+            self.reset()
         self.close()
 
     @property
@@ -298,6 +302,7 @@ class Client:
 
     def request5(self, command: int, host: str | bytes, port: int, address_type: int | None = None) -> Reply5:
         """Send a SOCKS 5 request and return its (first) reply."""
+        self.has_association = command == UDP_ASSOCIATE
         self.send(request5(command, host, port, address_type))
         return self.read_reply5()
 

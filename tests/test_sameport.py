@@ -97,6 +97,7 @@ USE_CLIENTS_PORT = 4
 def ask_for_port(client: Client, host: str, port: int, flags: int) -> tuple[int, tuple[str, int]]:
     """Send a UDP ASSOCIATE with flags in its RSV, and give those of the reply, and the relay."""
     assert client.greet() == 0
+    client.has_association = True
     client.send(request5(UDP_ASSOCIATE, host, port, reserved=flags))
     version, code, reserved, _, *address = client.receive(10)
     assert (version, code) == (5, 0)
