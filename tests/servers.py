@@ -618,6 +618,20 @@ def check_configuration(config: str, folder: Path, *options: str) -> subprocess.
     return run_sockd(config, folder, "-V", *options)
 
 
+# What -V says of a good file where it is not to serve.
+NOT_HERE = re.compile(
+    'warning: (cannot chroot to ".*": there is no such directory|there is no password file ".*" yet)$'
+)
+
+
+def check_file(path: Path) -> tuple[int, str]:
+    """Run `sockd -V` over a file and give its status and what it says, but for what only is not here."""
+    command = [*sockd_command(), "-V", "-f", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN, check=False)
+    lines = (result.stdout + result.stderr).splitlines()
+    return result.returncode, "\n".join(line for line in lines if not NOT_HERE.search(line))
+
+
 def run_sockd(config: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Run sockd to its end with a configuration and give its exit status and output."""
     path = folder / "sockd.conf"

@@ -23,7 +23,7 @@ import test_against_dante
 import test_grammar
 from comparison import Unlike
 from conftest import Factory
-from servers import SOCKD, WITHIN, Sockd, need, private_network
+from servers import SOCKD, WITHIN, Sockd, check_file, need, private_network
 
 import sockd as program
 
@@ -361,23 +361,8 @@ def test_licence_is_what_the_program_prints() -> None:
 # ------------------------------ configurations ------------------------------
 
 
-NOT_HERE = re.compile(
-    'warning: (cannot chroot to ".*": there is no such directory|there is no password file ".*" yet)$'
-)
-
-
 def program_command() -> list[str]:
     return Sockd.command(Sockd.__new__(Sockd))
-
-
-def verify(path: Path) -> tuple[int, str]:
-    """Run -V and give its status and what it says, but for what only this machine has not got."""
-    command = [*program_command(), "-V", "-f", str(path)]
-    result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=WITHIN, check=False
-    )
-    lines = [line for line in result.stdout.splitlines() if not NOT_HERE.search(line)]
-    return result.returncode, "\n".join(lines)
 
 
 def has_pam() -> bool:
@@ -390,7 +375,7 @@ def has_pam() -> bool:
 
 @pytest.mark.parametrize("path", [ROOT / "sockd.conf", *EXAMPLES], ids=lambda path: path.name)
 def test_configuration_passes_without_a_warning(path: Path) -> None:
-    status, said = verify(path)
+    status, said = check_file(path)
     if path.name == "pam.conf" and not has_pam():
         assert "python-pam" in said
         assert "\n" not in said
@@ -405,7 +390,7 @@ def test_examples_of_the_manual_pass_without_a_warning(tmp_path: Path) -> None:
     for text in files:
         path = tmp_path / "sockd.conf"
         path.write_text(re.sub(r"\beth\d", "lo", text))
-        assert verify(path) == (0, ""), text
+        assert check_file(path) == (0, ""), text
 
 
 def test_shipped_configuration_listens_on_loopback_only() -> None:
