@@ -587,6 +587,7 @@ FILE_WORD = re.compile(r"(?:[^\x00-\x20\x7f\\]|\\(?!\r?\n))+")
 REST_OF_LINE = re.compile(r"[^\r\n]*")
 # What cannot start a word is shown whole if it can be printed, else one character of it.
 STRANGE_WORD = re.compile(r"[{}]|[^\x00-\x20\x7f{}]+|[^\n]")
+END_OF_VALUES = re.compile(r"\}|(?=\n)|\Z")
 UNREAD_LINE = re.compile(r"(?:[^\n{}#]+|#[^\n]*)*")
 UNREAD_BLOCK = re.compile(r"\{(?:[^{}#]+|#[^\n]*)*\}?")
 KEYWORD_WITH_COLON = re.compile(r"(?:(?:redirect|bounce)[ \t]+(?:to|from)|[A-Za-z][A-Za-z0-9_.-]*)[ \t]*:")
@@ -667,8 +668,7 @@ class Scanner:
 
     def values_end(self) -> bool:
         """Tell whether a list of values ends here: at the end of the line or of the rule."""
-        token = self.next_token()
-        return token.text in ("", "}")
+        return self.look(END_OF_VALUES) is not None
 
     def place(self, offset: int) -> Position:
         """Count line and column; quick when asked in the order of the file."""
@@ -6096,6 +6096,11 @@ def decode_path(text: str) -> str:
 class SystemSurroundings:
     """The grammar's view of this machine, asked while its databases are in reach."""
 
+    @functools.cached_property
+    def interfaces(self) -> dict[str, tuple[Endpoint, ...]]:
+        """The interfaces' addresses, listed once: each name in a rule might be an interface."""
+        return interface_addresses()
+
     def user_exists(self, name: str) -> bool:
         try:
             pwd.getpwnam(os.fsdecode(name.encode(WIRE_TEXT)))
@@ -6104,7 +6109,7 @@ class SystemSurroundings:
         return True
 
     def interface_addresses(self, name: str) -> tuple[Endpoint, ...] | None:
-        return interface_addresses().get(name)
+        return self.interfaces.get(name)
 
     def resolve(self, name: str) -> tuple[Endpoint, ...]:
         try:
@@ -7737,7 +7742,7 @@ LOCK_SECONDS = 1.0  # a holder needs microseconds; one that keeps the lock this 
 LOCK_PAUSE_SECONDS = 0.0002
 # Waiting longer than this uses patience up, or one who takes the lock again and again would be waited for.
 LOCK_FORGIVEN_SECONDS = 0.01
-MOST_SOURCES = 65536  # sources counted at a time under session.state.*, for all rules together
+MOST_COUNTED = 65536  # sources counted at a time under session.state.*, for all rules together
 MOST_PROBES = 64  # entries that a source may be found in
 MOST_COUNT = 1 << 62  # what is higher was not written by us
 NANOSECONDS = 1_000_000_000
@@ -7864,7 +7869,7 @@ class Counts:
         self.entry_words = KEY_WORDS + self.gauge_words
         self.gauges = {(r.kind, r.number): n * self.gauge_words for n, r in enumerate(limited)}
         self.table = len(limited) * self.gauge_words
-        self.entries = MOST_SOURCES if any(rule.session.state_key for rule in limited) else 0
+        self.entries = MOST_COUNTED if any(rule.session.state_key for rule in limited) else 0
         self.table_end = self.table + self.entries * self.entry_words
         self.bandwidths = {(r.kind, r.number): n for n, r in enumerate(shared, self.table_end)}
         first = self.table_end + len(shared)
@@ -14022,6 +14027,11 @@ def read_config(options: Options) -> tuple[Config | None, tuple[Complaint, ...]]
     return (None if more else config), (*complaints, *more)
 
 
+def has_ended(pid: str) -> bool:
+    """Tell whether there is no process of that number; False where it is none."""
+    return pid.isdecimal() and not os.path.exists(f"/proc/{pid}") and os.path.exists("/proc/self")
+
+
 class Pidfile:
     """The pid file: locked while the server runs, emptied at its end as danted does.
 
@@ -14040,10 +14050,15 @@ class Pidfile:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")  # /dev/null would be removed in the end
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)  # an older server's pid is not to be taken for that of who starts now
         except BlockingIOError:
             pid = os.read(descriptor, 32).decode("ascii", "replace").strip()
             os.close(descriptor)
-            raise ConfigError(f"already running as process {pid} (pid file {self.path})") from None
+            if not has_ended(pid):
+                raise ConfigError(f"already running as process {pid} (pid file {self.path})") from None
+            os.unlink(self.path)  # whoever may read a file can lock it: it is no server that does
+            self.acquire()
+            return
         except OSError:
             os.close(descriptor)
             raise
@@ -14254,8 +14269,11 @@ class CpuUse(NamedTuple):
 
 def read_cpu_use() -> CpuUse:
     """Return where and how this process runs."""
-    priority = os.sched_getparam(0).sched_priority
-    return CpuUse(frozenset(os.sched_getaffinity(0)), os.sched_getscheduler(0), priority)
+    cpus = frozenset(os.sched_getaffinity(0))
+    try:
+        return CpuUse(cpus, os.sched_getscheduler(0), os.sched_getparam(0).sched_priority)
+    except OSError:
+        return CpuUse(cpus, os.SCHED_OTHER, 0)  # musl has no more than the names of these calls
 
 
 def find_cpu_use(config: Config, kind: str, at_start: CpuUse) -> CpuUse:
@@ -14278,12 +14296,12 @@ def obey_cpu_settings(config: Config, kind: str, at_start: CpuUse, log: Log) -> 
     """
     if kind == "worker" and not (config.cpu_masks or config.cpu_schedules):
         return  # a machine may refuse what is usual for workers, see prefer_throughput
-    wanted = find_cpu_use(config, kind, at_start)
-    if wanted == read_cpu_use():
-        return
+    wanted, present = find_cpu_use(config, kind, at_start), read_cpu_use()
     try:
-        os.sched_setaffinity(0, wanted.cpus)
-        os.sched_setscheduler(0, wanted.policy, os.sched_param(wanted.priority))
+        if wanted.cpus != present.cpus:
+            os.sched_setaffinity(0, wanted.cpus)
+        if wanted[1:] != present[1:]:
+            os.sched_setscheduler(0, wanted.policy, os.sched_param(wanted.priority))
     except OSError as error:
         log.write("warning", f"could not set cpu.schedule or cpu.mask of the {kind}: {error.strerror}")
 

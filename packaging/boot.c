@@ -34,8 +34,9 @@ static const char *find_fault(const char *directory, char *text, size_t size)
         return "cannot be written";
     if (system.f_flag & ST_NOEXEC)
         return "is mounted noexec";
-    if (system.f_blocks != 0 && system.f_bavail < UNPACKED_MB * MEGABYTE / system.f_frsize) {
-        snprintf(text, size, "has %lu MB free", (unsigned long)(system.f_bavail / (MEGABYTE / system.f_frsize)));
+    unsigned long long free_mb = (unsigned long long)system.f_bavail * system.f_frsize / MEGABYTE;
+    if (system.f_blocks != 0 && free_mb < UNPACKED_MB) {
+        snprintf(text, size, "has %llu MB free", free_mb);
         return text;
     }
     return NULL;

@@ -196,6 +196,24 @@ def test_a_priority_is_set(start: Factory, peer: Callable[..., Any]) -> None:
     assert os.sched_getparam(pid).sched_priority == 7
 
 
+def test_library_without_scheduling_serves_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As musl, which has the calls but answers ENOSYS."""
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    at_start = program.read_cpu_use()
+    for name in ("sched_getscheduler", "sched_getparam", "sched_setscheduler"):
+        monkeypatch.setattr(os, name, fail)
+    assert program.read_cpu_use() == program.CpuUse(at_start.cpus, os.SCHED_OTHER, 0)
+    written: list[str] = []
+    log = SimpleNamespace(write=lambda level, text: written.append(f"{level}: {text}"))
+    config, complaints = program.parse_config(configure(""), "sockd.conf", program.SystemSurroundings())
+    assert config is not None, complaints
+    program.obey_cpu_settings(config, "mother", program.read_cpu_use(), log)
+    assert written == []
+
+
 def test_any_cpu_is_any(start: Factory, peer: Callable[..., Any]) -> None:
     server = start(configure("cpu.mask.io: any\ncpu.mask.mother: 0"))
     serve_one(server, peer("echo").address)

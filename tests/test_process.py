@@ -353,6 +353,21 @@ def test_second_instance_is_refused_in_one_line(
     check_service(server, peer)
 
 
+def test_pid_file_that_no_server_locks_is_made_anew(
+    sockd: Factory, peer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Anybody who may read it can lock what a server that was killed has left."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    path = tmp_path / "left.pid"
+    path.write_text(f"{ended.pid}\n")
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        server = sockd(CONFIG, "-p", str(path))
+        assert path.read_text() == f"{server.pid}\n"
+        check_service(server, peer)
+
+
 def test_pid_file_stays_locked_after_reload(sockd: Factory, peer: Callable[..., Any]) -> None:
     server = sockd(CONFIG)
     server.reload(changed(CONFIG))
