@@ -7029,6 +7029,16 @@ def receive_descriptors(connection: socket.socket, size: int, most: int) -> tupl
     return data, read_ancillary(ancillary)[1]
 
 
+def send_descriptors(connection: socket.socket, message: bytes, descriptors: Sequence[int]) -> None:
+    """Send a message, with these descriptors if any, without waiting for room; OSError.
+
+    In place of socket.send_fds, which takes flags and forgets them.
+    """
+    packed = struct.pack(f"={len(descriptors)}i", *descriptors)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)] if descriptors else []
+    connection.sendmsg([message], rights, socket.MSG_DONTWAIT)
+
+
 class Dialogue:
     """A question under way.  Its owner closes it."""
 
@@ -7102,11 +7112,9 @@ class Channel:
 
     def _send(self, message: bytes, descriptors: tuple[int, ...], seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        packed = struct.pack(f"={len(descriptors)}i", *descriptors)
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)]
         while True:
             try:
-                self.inbox.sendmsg([message], rights, socket.MSG_DONTWAIT)
+                send_descriptors(self.inbox, message, descriptors)
                 return
             except BlockingIOError:
                 wait_for(self.inbox.fileno(), select.POLLOUT, deadline)
@@ -7124,12 +7132,8 @@ class Question(NamedTuple):
         """Answer and close; an asker that has given up is no error."""
         with self.answer:
             try:
-                # MSG_DONTWAIT: an asker that has filled its own socket is not waited for.
-                rights = [
-                    (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(descriptors)}i", *descriptors))
-                ]
-                ancillary = rights if descriptors else []
-                self.answer.sendmsg([encode_message(0, fields)], ancillary, socket.MSG_DONTWAIT)
+                # An asker that has filled its own socket is not waited for.
+                send_descriptors(self.answer, encode_message(0, fields), descriptors)
             except OSError:
                 pass
 
@@ -7141,7 +7145,7 @@ class Question(NamedTuple):
 
     def consult(self, fields: Sequence[bytes]) -> bytes:
         """Answer, and return what the asker adds to its question; OSError, ProtocolError if it has gone."""
-        self.answer.sendmsg([encode_message(0, fields)], [], socket.MSG_DONTWAIT)
+        send_descriptors(self.answer, encode_message(0, fields), ())
         _, added = decode_message(self.answer.recv(MAX_TOKEN_MESSAGE_BYTES))
         if len(added) != 1:
             raise ProtocolError("not one field more")
@@ -14848,12 +14852,8 @@ class Mother:
     def order(self, child: Child, order: Order) -> None:
         """Tell a child what to do; one that is gone will be reaped, and so will one that reads no orders."""
         fields, descriptors = self.log.export() if order == Order.LOGS else ([], [])
-        message = encode_message(order, fields)
         try:
-            if descriptors:
-                socket.send_fds(child.control, [message], descriptors, socket.MSG_DONTWAIT)
-            else:
-                child.control.send(message, socket.MSG_DONTWAIT)
+            send_descriptors(child.control, encode_message(order, fields), descriptors)
         except BlockingIOError:
             child.control.shutdown(socket.SHUT_RDWR)  # which hear_child will see
         except OSError:

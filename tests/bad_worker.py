@@ -184,6 +184,11 @@ def bury_mother_at_the_end(session: sockd.Session) -> None:
     ARMED.append(bury)
 
 
+def read_no_orders(session: sockd.Session) -> None:
+    """Have the main thread do nothing from the mother's next order on."""
+    ARMED.append(signal.pause)
+
+
 PTRACE_TRACEME = 0
 
 
@@ -376,7 +381,7 @@ QUIET_ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
 if ctypes.CDLL(None).syscall(sockd.LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1) >= SCOPED:
     QUIET_ATTACKS["stops the others"] = stop_others
 
-# Of a worker that ends by itself: at once, or when the server does.
+# Of a worker that ends by itself, at once or when the server does; or that obeys no more.
 LAST_ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
     "leaves a child": die_and_leave(1),
     "leaves a child that has children": die_and_leave(3),
@@ -384,6 +389,7 @@ LAST_ATTACKS: dict[str, Callable[[sockd.Session], None]] = {
     "buries the mother": bury_mother,
     "buries the mother at the end": bury_mother_at_the_end,
     "leaves a child at the end": leave_child_at_the_end,
+    "reads no orders": read_no_orders,
 }
 ALL_ATTACKS = {**ATTACKS, **QUIET_ATTACKS, **LAST_ATTACKS}
 

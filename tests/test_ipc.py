@@ -243,6 +243,25 @@ def test_worker_that_turns_at_the_end_does_not_outlive_the_server(
         server.kill()
 
 
+def test_worker_that_reads_no_orders_does_not_hold_up_the_mother(
+    private_world: World, tmp_path: Path
+) -> None:
+    """Each SIGHUP is an order with the log's descriptor, and there is room for some hundreds of them."""
+    config = f"logoutput: {tmp_path}/log\n{BAD_CONFIG}"
+    server = start_bad_server(private_world, tmp_path, config, workers=1)
+    try:
+        (culprit,) = (record.pid for record in server.log if record.message.endswith(" running"))
+        with attack(server, "reads no orders"):
+            pass
+        deadline = time.monotonic() + 10
+        while read_process(culprit) and time.monotonic() < deadline:
+            server.signal(signal.SIGHUP)
+        check_end(server)
+        assert f"worker {culprit} " in (tmp_path / "log").read_text()
+    finally:
+        server.kill()
+
+
 def check_end(server: Server) -> None:
     """Check that a server ends when it is told to, and that another one can take its place at once."""
     assert server.stop() == 0
