@@ -5014,6 +5014,7 @@ SYSLOG_TIMEOUT_SECONDS = 1.0  # a stuck syslogd loses lines rather than sessions
 SYSLOG_RETRY_SECONDS = 1.0  # between attempts to reach one that is gone, and to wait for one that is stuck
 SYSLOG_IS_GONE = frozenset({errno.ECONNREFUSED, errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE})
 LOG_FILE_MODE = 0o640  # As Dante.
+STANDARD_LOGS = {"stdout": 1, "stderr": 2}  # every process has its own
 SELDOM_SECONDS = 1.0
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
@@ -5048,8 +5049,8 @@ class LogTarget:
     def __init__(self, name: str) -> None:
         """Open the target called `name` in logoutput; OSError if it cannot be opened."""
         self._begin(name)
-        if name in ("stdout", "stderr"):
-            self.descriptor = 1 if name == "stdout" else 2
+        if name in STANDARD_LOGS:
+            self.descriptor = STANDARD_LOGS[name]
         elif self.facility >= 0:
             self._hold(open_syslog())
         else:
@@ -5063,10 +5064,7 @@ class LogTarget:
         """Return a target that another process has opened; the descriptor becomes its own."""
         target = cls.__new__(cls)
         target._begin(name)
-        if name in ("stdout", "stderr"):
-            os.close(descriptor)  # every process has its own
-            target.descriptor = 1 if name == "stdout" else 2
-        elif target.facility >= 0:
+        if target.facility >= 0:
             target._hold(socket.socket(fileno=descriptor))
         else:
             target.descriptor = descriptor
@@ -5172,6 +5170,11 @@ class LogTarget:
                 self._send(record)  # in any case: another thread may have been the one to mend it
         except OSError:
             pass
+
+
+def is_passed_on(name: str) -> bool:
+    """Tell whether a target of this name goes from process to process as a descriptor."""
+    return bool(name) and name not in STANDARD_LOGS
 
 
 LogTargets = tuple[tuple[LogTarget, ...], tuple[LogTarget, ...]]  # of logoutput, of errorlog
@@ -5287,24 +5290,35 @@ class Log:
     def export(self) -> tuple[list[bytes], list[int]]:
         """Return names and descriptors of the targets, for `adopt` in another process."""
         names = [*(t.name for t in self.targets), "", *(t.name for t in self.error_targets)]
-        descriptors = [t.descriptor for t in self.targets + self.error_targets]
+        descriptors = [t.descriptor for t in self.targets + self.error_targets if is_passed_on(t.name)]
         return [name.encode("latin-1") for name in names], descriptors
 
     def adopt(self, names: list[bytes], descriptors: list[int]) -> None:
         """Go on with targets that another process has opened: in a jail there is no file to open.
 
         The same ones again take the descriptors of the old ones: a thread may be about to write there, and
-        the number is not to be a client's connection by then.
+        the number is not to be a client's connection by then.  The old ones stay where this process had no
+        room for all of the new ones.
         """
+        texts = [name.decode("latin-1") for name in names]
+        if len(descriptors) < sum(map(is_passed_on, texts)):
+            for descriptor in descriptors:
+                os.close(descriptor)
+            self.write("warning", "no descriptor is left for a log that was opened again: the old ones stay")
+            return
         old = self.targets + self.error_targets
+        left = iter(descriptors)
         if names == self.export()[0]:
-            for target, descriptor in zip(old, descriptors, strict=True):
-                target.renew(descriptor)
+            for target in old:
+                if is_passed_on(target.name):
+                    target.renew(next(left))
             return
         adopted: list[LogTarget | None] = []
-        left = iter(descriptors)
-        for name in names:
-            adopted.append(LogTarget.adopted(name.decode("latin-1"), next(left)) if name else None)
+        for text in texts:
+            if is_passed_on(text):
+                adopted.append(LogTarget.adopted(text, next(left)))
+            else:
+                adopted.append(LogTarget(text) if text else None)
         border = adopted.index(None)
         self.targets = tuple(t for t in adopted[:border] if t)
         self.error_targets = tuple(t for t in adopted[border:] if t)
@@ -6137,6 +6151,7 @@ MAX_HANDSHAKE_BYTES = 65536  # handshake plus data sent early; more waits in the
 LISTEN_BACKLOG = 4096  # the kernel's own default for net.core.somaxconn
 HAPPY_EYEBALLS_SECONDS = 0.25  # RFC 8305 section 5: Connection Attempt Delay
 ACCEPT_PAUSE_SECONDS = 0.1  # after the system ran out of descriptors, memory or threads
+DOOR_SECONDS = 0.5  # no order waits longer for those who accept clients
 SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})  # which may pass
 IP_ANY = frozenset({"0.0.0.0", "::"})
 
@@ -12971,7 +12986,7 @@ class Worker:
         self.control = control
         self.sessions: set[Session] = set()  # changed by the sessions' threads; each operation is atomic
         self.crowd = threading.Lock()  # guards the next three, and is never held over a call that waits
-        self.door = threading.Lock()  # held for an accept(2), and for what its failure takes
+        self.door = threading.Lock()  # held for an accept(2), and for whatever gives the reserve up
         self.attending = 0  # threads that wait for a client, each at a gate
         self.spare = 0  # threads that wait until they are called to a gate
         self.called = False  # one of these has been, and has not come yet
@@ -13025,17 +13040,30 @@ class Worker:
 
     def obey(self) -> bool:
         """Carry out one order of the mother; False for the order to stop, also when she is gone."""
-        message = receive_order(self.control)
+        message = self.hear_mother()
         if message is None or message[0] == Order.STOP:
             return False
-        order, fields, descriptors = message
-        if order == Order.LOGS:
-            self.log.adopt(fields, descriptors)
-        elif order == Order.REPORT:
+        order = message[0]
+        if order == Order.REPORT:
             self.report()
         elif order == Order.DRAIN and not self.draining:
             self.close_listeners()
         return True
+
+    def hear_mother(self) -> tuple[int, list[bytes], list[int]] | None:
+        """Read an order, and take the logs that come with one; a full worker takes them by its reserve."""
+        is_at_door = self.door.acquire(timeout=DOOR_SECONDS)  # or a client would come in the reserve's place
+        if is_at_door:
+            self.give_reserve_up()
+        try:
+            message = receive_order(self.control)
+            if message is not None and message[0] == Order.LOGS:
+                self.log.adopt(message[1], message[2])
+            return message
+        finally:
+            if is_at_door:
+                self.keep_reserve()
+                self.door.release()
 
     def settle(self) -> None:
         """Tell the mother that the listeners are let go of, and when no session will ask the warden any more.
@@ -13240,8 +13268,7 @@ class Worker:
             return  # the client has gone before it was accepted
         self.complain(f"accept: {error.strerror}")
         if error.errno == errno.EMFILE and self.reserve >= 0:
-            os.close(self.reserve)
-            self.reserve = -1
+            self.give_reserve_up()
             self.turn_away(listener)
         self.keep_reserve()
         time.sleep(ACCEPT_PAUSE_SECONDS)
@@ -13291,6 +13318,12 @@ class Worker:
             return False
         self.complained = False
         return True
+
+    def give_reserve_up(self) -> None:
+        """Make room for one descriptor."""
+        if self.reserve >= 0:
+            os.close(self.reserve)
+            self.reserve = -1
 
     def keep_reserve(self) -> None:
         """Take a descriptor to be given up when none is left, if there is one to take."""

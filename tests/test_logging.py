@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import pwd
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -255,6 +257,39 @@ def test_log_file_is_opened_again_at_reload(
     old.close()
     eventually(lambda: "tcp/accept ]" in read(log).splitlines()[-1])
     server.take_baseline()
+
+
+def fill_worker(server: Server) -> None:
+    """Let the only worker open no file more."""
+    pid = next(record.pid for record in server.log if record.message.endswith(" running"))
+    taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (min({*range(len(taken) + 1)} - taken), hard))
+
+
+@pytest.mark.parametrize("errorlog", ["", "errorlog: {folder}/errors\n"], ids=["one-log", "two-logs"])
+def test_worker_without_a_free_descriptor_outlives_a_reload(
+    errorlog: str, sockd: Factory, peer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """One log that is opened again has the place that it keeps for the worst; for two it has none."""
+    log, moved, echo = tmp_path / "log", tmp_path / "log.1", peer("echo")
+    ours = f"user.unprivileged: {pwd.getpwuid(os.geteuid()).pw_name}\n"  # who may set the worker's limits
+    config = CONFIG.replace("user.unprivileged: nobody\n", ours)
+    server = sockd(f"logoutput: stderr {log}\n{errorlog.format(folder=tmp_path)}{config}")
+    with Client(server.addresses[0]) as client:
+        assert client.open5(CONNECT, "127.0.0.1", echo.port).code == 0
+        assert client.exchange(b"before") == b"before"
+        fill_worker(server)
+        log.rename(moved)
+        server.signal(signal.SIGHUP)
+        wait_for(log, "SIGHUP ]")
+        if errorlog:
+            wait_for(moved, "warning: no descriptor is left for a log that was opened again")
+        eventually(lambda: says_in(log, moved, client, "3", echo.port) or errorlog)
+        assert ("(1): 3\n" in read(log)) is not bool(errorlog)
+        with Client(server.addresses[0]) as late:
+            late.expect_end_or_reset()  # and no descriptor was found by giving a place up for good
+        assert client.exchange(b"still there") == b"still there"
 
 
 def test_log_file_that_is_gone_for_good_keeps_the_server_alive(
