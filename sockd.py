@@ -5089,7 +5089,7 @@ class LogTarget:
 
     def _hold(self, connection: socket.socket) -> None:
         self.syslog, self.descriptor = connection, connection.fileno()
-        connection.settimeout(SYSLOG_TIMEOUT_SECONDS)  # a property of what has just come
+        connection.setblocking(False)  # for Python, which else would wait before it sends
         # Not what Python knows of its type: that is of what came first under its number.
         self.is_stream = connection.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
 
@@ -5145,14 +5145,20 @@ class LogTarget:
         assert self.syslog is not None
         end = b"\0" if self.is_stream else b"\n"
         data = text.encode("utf-8", "backslashreplace") + end
-        if time.monotonic() < self.stuck_until:
-            os.write(self.descriptor, data)  # which does not wait
-            return
-        try:
-            self.syslog.sendall(data)
-        except TimeoutError:
-            self.stuck_until = time.monotonic() + SYSLOG_RETRY_SECONDS
-            raise
+        now = time.monotonic()
+        deadline = now if now < self.stuck_until else now + SYSLOG_TIMEOUT_SECONDS
+        while data:
+            try:
+                # Not by O_NONBLOCK, which all processes share: a worker that has gone wrong may take it away.
+                data = data[self.syslog.send(data, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    if deadline > now:
+                        self.stuck_until = time.monotonic() + SYSLOG_RETRY_SECONDS
+                    raise
+                poller = select.poll()
+                poller.register(self.descriptor, select.POLLOUT)
+                poller.poll(max(1.0, (deadline - time.monotonic()) * 1000))
 
     def write(self, stamp: str, source: str, severity: int, text: str) -> None:
         """Write one record; a target that fails loses it, as there is nobody left to tell."""

@@ -37,6 +37,8 @@ from servers import (
     parse_log,
 )
 
+import sockd as program
+
 HEAD = """\
 internal: 127.0.0.1 port = 0
 external: 127.0.0.1
@@ -562,6 +564,36 @@ def test_syslog_that_reads_nothing_holds_no_session_up(
             visit(server, peer)
         assert time.monotonic() - now < 9
     syslog.path.unlink()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
+def test_syslog_that_reads_nothing_holds_nobody_up_whose_socket_is_made_to_wait(
+    kind: socket.SocketKind,
+) -> None:
+    """Whether a socket waits is said for all processes that share it, and a worker may have gone wrong."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+    ours.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            ours.send(bytes(1000))
+    target = program.LogTarget.adopted("syslog", ours.detach())
+
+    def write(count: int) -> None:
+        os.set_blocking(target.descriptor, True)
+        for _ in range(count):
+            target.write("now", "sockd", 6, "lost, or not")
+
+    writer = threading.Thread(target=write, args=(20,), daemon=True)
+    writer.start()
+    writer.join(5)
+    assert not writer.is_alive()
+    with theirs, contextlib.closing(target):
+        theirs.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while b"lost" not in theirs.recv(1000):
+                pass
+        write(1)
+        assert b"lost, or not" in theirs.recv(1000)
 
 
 @pytest.mark.root
