@@ -13725,6 +13725,7 @@ class Warden:
 
         The line of a rule is looked up here: no worker can have a command of its own run.
         """
+        keep_only({question.answer.fileno(), *question.passed})
         try:
             with socket.socket(fileno=question.passed[0]) as connection:
                 if connection.family not in AF_INET_FAMILY:

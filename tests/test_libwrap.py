@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
@@ -204,6 +205,29 @@ def test_command_runs_as_user_libwrap_and_nobody_else(
     assert lines[0][1:] == [number] * 4
     assert (int(lines[2][1], 16), int(lines[3][1], 16)) == (1, 0)  # libwrap itself ignores SIGHUP
     assert [text[0] for text in lines[4:]] == ["0", "1", "2", "3"]  # 3 is the folder that ls lists
+
+
+def test_process_that_asks_libwrap_holds_the_connection_and_the_answer_alone(
+    sockd: Factory, private_world: World, open_folder: Path, peer: StartPeer
+) -> None:
+    """It reads what any name server says of a client; passwords come by the warden's inbox."""
+    out, gate = open_folder / "out", open_folder / "gate"
+    os.mkfifo(gate)
+    gate.chmod(0o666)
+    log = f"logoutput: stderr {open_folder}/log\n"
+    server = sockd(
+        log + config(f"libwrap: spawn (echo $PPID > {out}; read line < {gate})"), world=private_world
+    )
+    with concurrent.futures.ThreadPoolExecutor() as pool, gate.open("r+b", buffering=0) as opened:
+        served = pool.submit(is_served, server, peer("echo").address)
+        try:
+            asker = int(eventually(lambda: out.exists() and out.read_text()))
+            links = [os.readlink(path) for path in Path(f"/proc/{asker}/fd").iterdir() if int(path.name) > 2]
+        finally:
+            opened.write(b"go on\n")
+        assert served.result()
+    # The other two are what libwrap reads its rules from.
+    assert sorted(link.partition(":")[0] for link in links) == ["/memfd", "/memfd", "socket", "socket"]
 
 
 def test_command_outlives_a_worker(
