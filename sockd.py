@@ -13624,6 +13624,7 @@ class Warden:
 
         Return whether it is not the client's fault if it was refused.
         """
+        keep_only({question.answer.fileno()})
         is_wrong = False
         try:
             fault = self.verify(question.fields)

@@ -137,6 +137,7 @@ def write_pam_services(world: World, folder: Path, by_host: str = "") -> World:
         "told-no-user": [
             f"{kind} required pam_succeed_if.so quiet {TOLD} user = rhostusr" for kind in ("auth", "account")
         ],
+        "seen": [f"auth required pam_exec.so quiet {folder}/see", permit],
         "broken": ["auth required pam_no_such_module.so", permit],
     }
     for service, lines in texts.items():

@@ -92,6 +92,20 @@ def test_pam_is_told_what_dante_tells_it(
             assert log_in_somehow(client, target.port) == right
 
 
+def test_who_checks_a_password_holds_nothing_but_the_way_of_the_answer(
+    login_world: World, sockd: Factory, tmp_path: Path, peer: StartPeer
+) -> None:
+    """A module of PAM may read a hostile server's bytes, and the warden's inbox has others' passwords."""
+    world = login_peers.write_pam_services(login_world, tmp_path / "pam")
+    held, see = tmp_path / "held", tmp_path / "pam" / "see"
+    see.write_text(f"#!/bin/sh\nfor f in /proc/$PPID/fd/*; do readlink $f; done >{held}\n")
+    see.chmod(0o755)
+    server = sockd(write_config("pam.username", "pam.servicename: seen"), world=world)
+    use(server, peer("echo"))
+    beyond = held.read_text().split()[3:]
+    assert [link.partition(":")[0] for link in beyond] == ["socket"]
+
+
 def log_in_somehow(client: Client, port: int) -> bool:
     """Connect, with a password if that is wanted; tell whether the server lets it."""
     with contextlib.suppress(AssertionError, ConnectionResetError, BrokenPipeError):
