@@ -7938,22 +7938,24 @@ class Counts:
             for word, change in changes:
                 self._add(word, change)
 
-    def take(self, rule: Rule, client: Endpoint) -> Place:
+    def take(self, rule: Rule, client: Endpoint, is_new: bool = True) -> Place:
         """Count one more session under a rule; Refused, in Dante's words, where that is one too many.
 
         As Dante: the rate is looked at before the number, and all clients before the one.
+        A session that comes back to the rule is not new: rates have counted it when it came.
         """
         limits = rule.session
+        throttle, state_throttle = (limits.throttle, limits.state_throttle) if is_new else (None, None)
         with self.lock:
             # Not before: who has waited would seem to come before the throttle's time, and begin it anew.
             now = time.monotonic_ns()
             gauges = [self.gauges[rule.kind, rule.number]]
-            self._check(gauges[0], limits.max, limits.throttle, "", now)
+            self._check(gauges[0], limits.max, throttle, "", now)
             if limits.state_key:
                 gauges.append(self._find_source(gauges[0], client))
-                self._check(gauges[1], limits.state_max, limits.state_throttle, "per-key ", now)
+                self._check(gauges[1], limits.state_max, state_throttle, "per-key ", now)
             for gauge in gauges:
-                self._add(gauge + 1, 1)
+                self._add(gauge + 1, int(is_new))
                 self._add(gauge + 2 + self.number, 1)
         return Place(tuple(gauge + 2 + self.number for gauge in gauges))
 
@@ -10722,7 +10724,8 @@ class Session:
         """Take a place under a rule's session limits, if it has any; Refused.
 
         As Dante: a socks-rule with limits takes the session over from the client-rule, and one without
-        them leaves it there, if it is inheritable.
+        them leaves it there, if it is inheritable.  Where an earlier request over HTTP has taken it over
+        and is done with it, it goes back.
         """
         place = self.hold_place(rule)
         if rule.kind == "client":
@@ -10731,15 +10734,17 @@ class Session:
         if place is not None or not self.client_rule.session.inheritable:
             self.leave_place(self.admitted)
             self.admitted = None
+        elif self.admitted is None and not self.places:
+            self.admitted = self.hold_place(self.client_rule, is_new=False)
         if place is not None:
             self.places.append(place)
 
-    def hold_place(self, rule: Rule) -> Place | None:
+    def hold_place(self, rule: Rule, is_new: bool = True) -> Place | None:
         """Return a place under a rule's session limits, to be left by the caller, if it has any; Refused."""
         counts = self.serving.counts
         if counts is None or not limits_sessions(rule.session):
             return None
-        return counts.take(rule, self.client)
+        return counts.take(rule, self.client, is_new)
 
     def leave_place(self, place: Place | None) -> None:
         """Give back a place, if it is one."""

@@ -241,6 +241,46 @@ def test_limits_count_an_http_client_once_however_many_requests_it_makes(
     assert eventually(lambda: crowd.come() == IN)
 
 
+def send_http(client: Client, request: str, end: bytes) -> bytes:
+    """Send a request and give the answer up to its end."""
+    client.send(f"{request} HTTP/1.1\r\nHost: origin\r\n\r\n".encode())
+    answer = b""
+    while not answer.endswith(end):
+        answer += client.receive(1)
+    return answer
+
+
+def test_limits_of_the_client_rule_hold_again_for_a_request_whose_rule_has_none(
+    gather: Gather, peer: StartPeer
+) -> None:
+    """The first request was taken over by its socks-rule; rates do not count who comes back once more."""
+    target = peer("origin")
+    config = (
+        client_rule("session.max: 1", "session.throttle: 3/1000").replace(SOCKS_PASS, "")
+        + rule(
+            "socks pass",
+            f"from: 0/0 to: 0/0 port = {target.port}",
+            LOG,
+            "session.max: 9",
+            "proxyprotocol: http",
+        )
+        + rule("socks pass", ANYBODY, LOG, "proxyprotocol: http socks_v5")
+    )
+    crowd = gather(config)
+    get = f"GET http://127.0.0.1:{target.port}/"
+    connect = f"CONNECT 127.0.0.1:{crowd.port}"
+    first = crowd.stack.enter_context(Client(crowd.server.addresses[0]))
+    assert b" 200 " in send_http(first, get, b"origin\n")
+    second = crowd.stack.enter_context(Client(crowd.server.addresses[0]))
+    assert b" 200 " in send_http(second, get, b"origin\n")
+    assert b" 200 " in send_http(first, connect, b"\r\n\r\n")
+    assert crowd.come() == CLOSED
+    assert b" 403 " in send_http(second, connect, b"\r\n\r\n")
+    wait_for_record(crowd.server, "block(2): tcp/connect ]: ", "session limit reached (1/1 slot in use)")
+    first.close()
+    assert eventually(lambda: crowd.come() == IN)
+
+
 # ------------------------------ many clients, several workers ------------------------------
 
 
