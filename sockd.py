@@ -11911,6 +11911,8 @@ class RoutedBindRequest(BindRequest):
         session.opened.append(way.connection)
         bound = self.find_bound(way)
         decision = session.decide(session.facts("bind", bound))
+        if decision.verdict == "pass" and decision.rule is not session.request_rule:
+            decision = session.count(decision)  # under the rule of the first decision it is counted already
         if not self.judge(decision):
             return
         path = f"{session.record.side} -> {way._replace(bound=bound).describe(self.target)}"
@@ -11947,8 +11949,10 @@ class RoutedBindRequest(BindRequest):
             self.end_badly(text, told, peer)
             return
         decision = session.decide(session.facts("bindreply", session.client)._replace(source=peer))
+        if decision.verdict == "pass":
+            decision = session.count(decision)
         if decision.verdict == "block":
-            self.log_stranger(decision.rule, peer, bound, "")
+            self.log_stranger(decision.rule, peer, bound, decision.reason if decision.rule.number else "")
             reason = (
                 f"bind-reply from {describe_endpoint(peer)} blocked by socks-rule #{decision.rule.number}"
             )

@@ -876,6 +876,32 @@ def test_peer_of_a_bind_there_is_judged(sockd: Factory) -> None:
             wait_for_line(server, client.address, "block(2): tcp/bindreply ]")
 
 
+def test_peer_of_a_bind_there_is_counted(sockd: Factory) -> None:
+    rules = rule("client pass", "from: 0/0 to: 0/0", LOG)
+    rules += rule("socks pass", "from: 0/0 to: 0/0", "command: bind", LOG)
+    rules += rule("socks pass", "from: 0/0 to: 0/0", "command: bindreply", "session.max: 1", LOG)
+    with upstream(METHOD_NONE, REPLY5 + REPLY5) as proxy:
+        server = sockd(HEAD + rules + route(proxy.address, proxyprotocol="socks_v5", command="bind"))
+        with Client(server.addresses[0]) as first, Client(server.addresses[0]) as second:
+            for client, code in ((first, 0), (second, FORBIDDEN)):
+                assert client.open5(BIND, "0.0.0.0", 0).code == 0
+                assert client.read_reply5().code == code
+            reason = "session limit reached (1/1 slot in use)"
+            wait_for_line(server, second.address, "block(2): tcp/bindreply ]", reason)
+
+
+@pytest.mark.parametrize("before", ["", rule("socks pass", "from: 0/0 to: 192.0.2.1/32", "command: bind")])
+def test_bind_there_counts_once_under_the_rule_of_its_address(sockd: Factory, before: str) -> None:
+    """The first decision, which knows no address, matches the same rule, or one that is before it."""
+    rules = rule("client pass", "from: 0/0 to: 0/0", LOG) + before
+    rules += rule("socks pass", "from: 0/0 to: 0/0", "command: bind", "session.max: 1", LOG)
+    with upstream(METHOD_NONE, REPLY5) as proxy:
+        server = sockd(HEAD + rules + route(proxy.address, proxyprotocol="socks_v5", command="bind"))
+        with Client(server.addresses[0]) as one, Client(server.addresses[0]) as other:
+            assert one.open5(BIND, "0.0.0.0", 0).code == 0
+            assert other.open5(BIND, "0.0.0.0", 0).code == FORBIDDEN
+
+
 # ------------------------------ UDP ------------------------------
 
 UDP_ROUTE = {"proxyprotocol": "socks_v5", "command": "connect udpassociate"}
