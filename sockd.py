@@ -2974,6 +2974,9 @@ def finish_hop(gateways: tuple[tuple[str, Endpoint | None], ...], settings: dict
     """Build a hop and fill in what the file leaves out."""
     # Whoever gives a password wants to be asked for it.
     methods = settings.pop("methods", ("username",) if "credentials_file" in settings else ("none",))
+    if "username" not in methods:
+        # Also where they stand above the first `via`: http and socks_v4 would send them unasked.
+        settings.pop("credentials_file", "")
     default = ("socks_v5",) if "gssapi" in methods else DEFAULT_PROXYPROTOCOLS
     protocols = settings.pop("proxyprotocols", default)
     port = HTTP_PORT if protocols == {"http"} else SOCKS_PORT
@@ -3077,6 +3080,9 @@ def finish_route(parser: Parser, draft: Draft, number: int) -> Route:
         check_hop(parser, draft, hop)
     if hops:
         check_route_commands(parser, draft, route)
+    if hops and "credentials" in draft.places and not any(hop.credentials_file for hop in hops):
+        text = '"credentials" has no effect in a route without method username'
+        parser.warn(text, draft.places["credentials"])
     check_gssapi(parser, draft, route)
     return route
 

@@ -563,6 +563,38 @@ def test_credentials_go_to_http_and_the_user_id_to_socks_4(sockd: Factory, tmp_p
             assert sent in bytes(proxy.seen[0].data)
 
 
+@pytest.mark.parametrize("protocol", ["http", "socks_v4"])
+def test_credentials_do_not_go_to_a_hop_with_method_none(
+    sockd: Factory, tmp_path: Path, protocol: str
+) -> None:
+    answer = FRIENDLY[protocol]
+    with upstream(*answer, *answer) as proxy:
+        host, port = proxy.address
+        lines = [f"credentials: {write_credentials(tmp_path)}", "from: 0/0 to: 0/0"]
+        lines += [f"via: {host} port = {port}"]
+        lines += [f"proxyprotocol: {protocol}", "method: none"]
+        lines += ["via: 192.0.2.1 port = 1080", f"proxyprotocol: {protocol}"]
+        server = sockd(HEAD + PASS + rule("route", *lines))
+        assert fetch(server, *TARGET) == 0
+        first, second = {
+            "http": (
+                b"CONNECT 192.0.2.1:1080 HTTP/1.0\r\nHost: 192.0.2.1:1080\r\n\r\n",
+                b"Basic ZXZlOnMzY3JldA==\r\n",
+            ),
+            "socks_v4": (b"\4\1\4\x38\xc0\0\2\1\0", b"\4\1\0\x50\xc0\0\2\x50eve\0"),
+        }[protocol]
+        assert bytes(proxy.seen[0].data).startswith(first)
+        assert second in bytes(proxy.seen[0].data)
+
+
+def test_credentials_that_nobody_gets_are_warned_of(tmp_path: Path) -> None:
+    path = write_credentials(tmp_path)
+    by_proxy = route(("127.0.0.1", 9), proxyprotocol="http", credentials=str(path), method="none")
+    found = check_configuration(HEAD.replace("= 0", "= 1080") + PASS + by_proxy, tmp_path)
+    assert found.returncode == 0
+    assert '"credentials" has no effect in a route without method username' in found.stdout + found.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "mode", "fault"),
     [
