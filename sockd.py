@@ -9796,6 +9796,14 @@ class Association(NamedTuple):
         self.leave()
 
 
+def could_be_relay(sender: Endpoint, relay: Endpoint) -> bool:
+    """Tell whether a datagram may have come from a relay.
+
+    One that the route names by its name has an address that only the upstream before it knows.
+    """
+    return sender == relay or (not relay.family and bool(sender.family) and sender.port == relay.port)
+
+
 class UpstreamUdp(socket.socket):
     """A UDP socket by which datagrams go through upstreams: sendto and recvfrom deal with the headers.
 
@@ -9808,6 +9816,7 @@ class UpstreamUdp(socket.socket):
         """Take over a bound socket and an association; `renew` may raise Refused or OSError."""
         super().__init__(plain.family, plain.type, plain.proto, plain.detach())
         self.association = association
+        self.senders = association.relays[1:]  # a name becomes an address with the first answer
         self.renew = renew
         self.setblocking(False)
         self.connect(socket_address(association.relays[0]))
@@ -9844,7 +9853,7 @@ class UpstreamUdp(socket.socket):
             renewed.close()
             raise OSError(errno.EAFNOSUPPORT, "the next upstream is of another family")
         self.association.close()
-        self.association = renewed
+        self.association, self.senders = renewed, renewed.relays[1:]
         self.connect(socket_address(renewed.relays[0]))
 
     def recvfrom(self, size: int, flags: int = 0) -> tuple[bytes, tuple]:  # type: ignore[type-arg]
@@ -9853,16 +9862,20 @@ class UpstreamUdp(socket.socket):
         try:
             if seal is not None:
                 data = seal.open_datagram(data)
-            for relay in self.association.relays[1:]:
+            senders = []
+            for relay in self.senders:
                 sender, used = decode_udp(data)
-                if sender != relay:
+                if not could_be_relay(sender, relay):
                     raise ProtocolError("not from the next upstream")
+                senders.append(sender)
                 data = data[used:]
             sender, used = decode_udp(data)
         except (ProtocolError, SealBroken) as error:
             raise OSError(errno.EPROTO, str(error)) from None
         if not sender.family:
             raise OSError(errno.EPROTO, "from a name")
+        # Whoever knows the port is believed once at most: from then on the address counts as well.
+        self.senders = tuple(senders)
         return data[used:], socket_address(sender)
 
     def close(self) -> None:

@@ -992,6 +992,41 @@ def test_datagrams_go_through_a_chain(sockd: Factory, others: list[Server], peer
         assert wait_for_record(server, "udp/udpassociate -: ", f" ({count})")
 
 
+def test_datagrams_go_through_a_hop_that_has_a_name(
+    sockd: Factory, others: list[Server], peer: StartPeer
+) -> None:
+    target = peer("udp-echo")
+    hops = route(others[0].addresses[0], ("localhost", others[1].port), **UDP_ROUTE)
+    with associated(sockd(HEAD + PASS + hops)) as (_, udp, relay):
+        for data in (b"one", b"two"):
+            udp.send(relay, *target.address, data)
+            answer = udp.receive(relay)
+            assert (answer.host, answer.port, answer.data) == (*target.address, data)
+
+
+def test_address_of_a_hop_that_has_a_name_is_that_of_its_first_answer(sockd: Factory) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as relay_there:
+        relay_there.bind(("127.0.0.1", 0))
+        relay_there.settimeout(10)
+        port = relay_there.getsockname()[1]
+        bound = b"\x05\0\0\1\0\0\0\0" + struct.pack("!H", port)
+        with upstream(METHOD_NONE, bound, METHOD_NONE, bound) as proxy:
+            hops = route(proxy.address, ("proxy2.example", 1080), **UDP_ROUTE)
+            with associated(sockd(HEAD + PASS + hops)) as (_, udp, relay):
+                udp.send(relay, *TARGET, b"ping")
+                data, sender = relay_there.recvfrom(999)
+                assert data == wrap("proxy2.example", port, wrap(*TARGET, b"ping"))
+                for address, said in (
+                    (("192.0.2.2", port ^ 1), b"of another port"),
+                    (("other.example", port), b"of another name"),
+                    (("192.0.2.2", port), b"first"),
+                    (("192.0.2.3", port), b"of another address"),
+                    (("192.0.2.2", port), b"second"),
+                ):
+                    relay_there.sendto(wrap(*address, wrap(*TARGET, said)), sender)
+                assert [udp.receive(relay).data for _ in range(2)] == [b"first", b"second"]
+
+
 def test_names_in_datagrams_are_resolved_at_the_upstream(
     sockd: Factory, private_world: World, peer: StartPeer
 ) -> None:
