@@ -9710,6 +9710,9 @@ class Upstreams:
         if not self.failures and all(path.route.balance == "order" for path in paths):
             return list(paths)
         with self.lock:
+            # One turn for each route, though its paths by another protocol may stand behind other routes.
+            for number in {path.route.number for path in paths}:
+                self.turns[number] = self.turns.get(number, -1) + 1
             for route, group in itertools.groupby(paths, lambda path: path.route):
                 arranged += self._balance(route, [path for path in group if not self._is_bad(path)])
         return arranged
@@ -9720,8 +9723,7 @@ class Upstreams:
         if route.balance == "fewest":
             return sorted(paths, key=lambda path: sum(self.sessions.get(s.upstream, 0) for s in path.steps))
         if route.balance == "roundrobin" and paths:
-            turn = self.turns[route.number] = self.turns.get(route.number, -1) + 1
-            start = turn % len(paths)
+            start = self.turns[route.number] % len(paths)
             return paths[start:] + paths[:start]
         return paths
 

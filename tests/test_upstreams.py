@@ -419,6 +419,17 @@ def test_balance_roundrobin_takes_turns(sockd: Factory, two: list[TcpPeer]) -> N
         assert [len(proxy.seen) for proxy in two] == [(count + 1) // 2, count // 2]
 
 
+def test_balance_roundrobin_takes_one_turn_where_routes_mix_protocols(sockd: Factory) -> None:
+    """By the order of protocols, the paths of either route are not side by side."""
+    script = FRIENDLY["socks_v4"]
+    with upstream(*script) as first, upstream(*script) as second:
+        mixed = either(first, second, balance="roundrobin").replace("socks_v5", "socks_v4 socks_v5")
+        server = sockd(HEAD + PASS + mixed + mixed)
+        for _ in range(4):
+            assert fetch(server, *TARGET) == 0
+        assert [len(proxy.seen) for proxy in (first, second)] == [2, 2]
+
+
 def test_balance_random_takes_both(sockd: Factory, two: list[TcpPeer]) -> None:
     server = sockd(HEAD + PASS + either(*two, balance="random"))
     for _ in range(64):
