@@ -3654,10 +3654,18 @@ def can_log_in(step: Step, identity: Identity) -> bool:
     return "username" in methods and identity.method == "username"
 
 
+def is_for_names(route: Route) -> bool:
+    """Tell whether a route leads to one name or domain, and not to everything."""
+    kind, text = route.target.kind, route.target.text
+    return kind == "host" or (kind == "domain" and text.strip(".") != "")
+
+
 def can_carry(path: Path, command: str, target: Endpoint | None) -> bool:
     """Tell whether the protocols of a path have a command, and can express a target."""
     if not path.steps:
-        return target is None or target.family != 0 or bool(path.addresses)
+        # A name that is not resolved has no direct route but by that name; one to 0/0 would have names
+        # that are for a proxy asked of DNS.
+        return target is None or target.family != 0 or bool(path.addresses) or is_for_names(path.route)
     if command == "udpassociate":
         return all(step.protocol == "socks_v5" for step in path.steps)
     if command not in COMMANDS_OF_PROXY[path.steps[-1].protocol]:
@@ -11893,7 +11901,7 @@ class RoutedBindRequest(BindRequest):
         paths = session.find_paths("bind", target, addresses)
         # As Dante: without a route, too, a family that is not there outside comes first.
         unusable = target.family and not can_leave_by(session.config, target.family, session.lookup)
-        if paths and paths[0].steps:
+        if paths and (paths[0].steps or not addresses):
             self.bind_there(paths, addresses)
         elif paths or unusable:
             super().run()

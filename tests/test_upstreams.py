@@ -475,6 +475,36 @@ def test_resolve_says_who_resolves(
         assert b"\5\1\0" + sent + b"\0\x50" in bytes(proxy.seen[0].data)
 
 
+@pytest.mark.parametrize(("to", "is_direct"), [(".test", True), ("echo.test", True), ("0/0", False)])
+def test_direct_routes_to_names_come_before_those_that_resolve_there(
+    sockd: Factory, private_world: World, peer: StartPeer, to: str, is_direct: bool
+) -> None:
+    target, datagrams = peer("echo"), peer("udp-echo")
+    with upstream(*FRIENDLY["socks_v5"]) as proxy:
+        by_proxy = route(proxy.address, **RESOLVE_THERE, command="connect udpassociate")
+        server = sockd(HEAD + PASS + by_proxy + direct(to), world=private_world)
+        assert fetch(server, "echo.test", target.port) == 0
+        assert len(proxy.seen) == (not is_direct)
+        if is_direct:
+            with associated(server) as (_, udp, relay):
+                udp.send(relay, "echo.test", datagrams.port, b"ping")
+                assert udp.receive(relay).port == datagrams.port
+        assert fetch(server, "private.invalid", 80) == 0
+        assert b"\3\x0fprivate.invalid" in bytes(proxy.seen[-1].data)
+
+
+def test_name_of_a_direct_route_that_is_not_found_is_left_to_an_upstream(
+    sockd: Factory, private_world: World
+) -> None:
+    with upstream(*FRIENDLY["socks_v5"]) as proxy:
+        by_proxy = route(proxy.address, **RESOLVE_THERE, command="connect bind")
+        server = sockd(HEAD + PASS + direct(".invalid") + by_proxy, world=private_world)
+        for command in (CONNECT, BIND):
+            with Client(server.addresses[0]) as client:
+                assert client.open5(command, "private.invalid", 80).code == 0
+            assert b"\3\x0fprivate.invalid" in bytes(proxy.seen[-1].data)
+
+
 def test_name_that_nobody_resolves_here_goes_by_socks_4a(sockd: Factory, private_world: World) -> None:
     with upstream(*FRIENDLY["socks_v4"]) as proxy:
         server = sockd(HEAD + PASS + route(proxy.address, proxyprotocol="socks_v4"), world=private_world)
