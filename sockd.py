@@ -8650,7 +8650,8 @@ class TcpRelay:
         poller, descriptor = select.poll(), peer.connection.fileno()
         wanted = 0 if peer.finished else select.POLLIN
         poller.register(descriptor, wanted | (select.POLLOUT if peer.backlog or side.piped else 0))
-        mask = dict(poller.poll(DELIVERY_MILLISECONDS if side.finished else 0)).get(descriptor, 0)
+        held = side.finished or peer.backlog or side.piped  # else there is more to be read at once
+        mask = dict(poller.poll(DELIVERY_MILLISECONDS if held else 0)).get(descriptor, 0)
         if mask & (select.POLLIN | FAILED):
             peer.finished = peer.read_away() or peer.finished
         if mask & select.POLLOUT and peer.backlog:

@@ -446,6 +446,48 @@ def test_all_that_a_client_sent_before_it_closed_arrives(server: Server) -> None
     assert ": local client closed." in line
 
 
+def count_unread(port: int) -> int:
+    """Count the bytes that have come from a port of this network and that nobody has read."""
+    with open("/proc/thread-self/net/tcp") as table:
+        rows = [line.split() for line in table][1:]
+    return sum(int(row[4].split(":")[1], 16) for row in rows if int(row[2].split(":")[1], 16) == port)
+
+
+def send_until_held(client: Client) -> int:
+    """Send until some of it stays unread, as the target takes no more; give how much it was."""
+    port, piece, count = client.address[1], pattern(1 << 16), 0
+    while True:
+        client.sock.sendall(piece)
+        count += len(piece)
+        try:
+            eventually(lambda: not count_unread(port), 0.3)
+        except AssertionError:
+            return count
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", LOGGED], ids=["spliced", "copied"])
+def test_target_that_does_not_read_what_a_closed_client_sent_costs_no_time(server: Server, host: str) -> None:
+    port, resume = Queue[int](), threading.Event()
+
+    def take(connection: socket.socket, seen: Seen) -> None:
+        say_to_nobody(connection, port.get())
+        resume.wait()
+        while data := connection.recv(1 << 20):
+            seen.data += data
+        seen.end = "FIN"
+
+    with bulk_under_way(server, take, host) as (target, client):
+        client_port, size = client.address[1], send_until_held(client)
+        client.close()
+        port.put(client_port)
+        eventually(lambda: CLOSE_WAIT not in list_states(client_port))
+        used = measure_idleness(server, 1.0)
+        resume.set()
+        assert used < 0.1
+        eventually(lambda: target.seen and target.seen[0].end)
+        assert target.seen[0].data == pattern(1 << 16) * (size >> 16)
+
+
 def test_client_that_never_reads_what_a_closed_target_sent_is_not_waited_for(
     sockd: Any, private_world: World
 ) -> None:
