@@ -9999,7 +9999,9 @@ class Shares:
             raise HelperLate(f"{self.most} look-ups for {source} have taken more than {seconds:.0f} seconds")
 
     def give_back(self, source: str) -> None:
-        self.held[source][0].release()
+        with self.lock:  # who leaves takes it out for a moment
+            share = self.held[source][0]
+        share.release()
         self._leave(source)
 
     def _leave(self, source: str) -> None:

@@ -58,6 +58,26 @@ def test_nothing_is_left_of_shares_that_were_given_back_or_not_had() -> None:
     assert shares.held == {}
 
 
+def test_share_is_given_back_while_another_leaves() -> None:
+    shares = program.Shares(2)
+    other = threading.Thread(target=shares.give_back, args=(SOURCE,))
+
+    class Held(dict[str, tuple[threading.Semaphore, int]]):
+        def pop(self, *key: Any) -> Any:
+            value = super().pop(*key)
+            if other.ident is None:
+                other.start()
+                other.join(0.2)  # it has failed, or waits for who is here
+            return value
+
+    shares.held = Held()
+    shares.take(SOURCE, 0.0)
+    shares.take(SOURCE, 0.0)
+    shares.give_back(SOURCE)
+    other.join()
+    assert shares.held == {}
+
+
 def test_networks_of_ipv6_are_one_source() -> None:
     hosts = ("2001:db8::1", "2001:db8::ffff:1", "2001:db8:0:1::1")
     assert [program.Failures.find_source(host) for host in hosts] == [
