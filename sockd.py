@@ -560,6 +560,7 @@ class Decision(NamedTuple):
     addresses: tuple[Endpoint, ...] = ()
     method: str = ""
     paths: tuple[Path, ...] = ()  # of a datagram, where there are routes; without addresses
+    lasts: bool = True  # False: it may be another one the next time, though nothing has changed
 
 
 # ============================== 3. Scanner ==============================
@@ -7039,6 +7040,8 @@ class HelperLate(DeadlinePassed):
     """A helper has not answered in time."""
 
 
+NO_ANSWER = 1  # the kind of a message that says why there is none; an answer's is 0
+
 CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid (linux/socket.h)
 
 
@@ -7098,7 +7101,10 @@ class Dialogue:
             raise HelperFailed(f"cannot ask to {self.purpose}: {error.strerror}") from None
         if not data:
             raise HelperFailed(f"the process asked to {self.purpose} has died")
-        return decode_message(data)[1], descriptors
+        kind, fields = decode_message(data)
+        if kind == NO_ANSWER:
+            raise HelperFailed(b" ".join(fields).decode("utf-8", "replace"))
+        return fields, descriptors
 
     def tell(self, *fields: bytes) -> None:
         """Add to a question what an answer has asked for; HelperFailed."""
@@ -7163,14 +7169,18 @@ class Question(NamedTuple):
     answer: socket.socket
     passed: tuple[int, ...] = ()  # descriptors that the asker shows us
 
-    def reply(self, fields: Sequence[bytes], descriptors: Sequence[int] = ()) -> None:
+    def reply(self, fields: Sequence[bytes], descriptors: Sequence[int] = (), kind: int = 0) -> None:
         """Answer and close; an asker that has given up is no error."""
         with self.answer:
             try:
                 # An asker that has filled its own socket is not waited for.
-                send_descriptors(self.answer, encode_message(0, fields), descriptors)
+                send_descriptors(self.answer, encode_message(kind, fields), descriptors)
             except OSError:
                 pass
+
+    def fail(self, text: str) -> None:
+        """Say why there is no answer, which is not the same as an answer that says no: HelperFailed."""
+        self.reply([text.encode("utf-8", "replace")[:255]], kind=NO_ANSWER)
 
     def is_void(self) -> bool:
         """Tell whether nobody waits for the answer any more."""
@@ -9215,7 +9225,8 @@ class UdpRelay:
         decision = self.verdicts.get(("out", target))
         if decision is None:
             decision = self.events.judge_datagram(self.client, target)
-            remember(self.verdicts, ("out", target), decision)
+            if decision.lasts:
+                remember(self.verdicts, ("out", target), decision)
         payload = data[header:]
         if decision.verdict == "block":
             seen = Packet("udpassociate", self.client, self.local, None, (*decision.addresses, target)[0])
@@ -9254,7 +9265,8 @@ class UdpRelay:
         if decision is None:
             # Unlike Dante: each sender is judged, not only the first.
             decision = self.events.judge_reply(sender, self.client)
-            remember(self.verdicts, ("in", sender), decision)
+            if decision.lasts:
+                remember(self.verdicts, ("in", sender), decision)
         if decision.verdict == "pass":
             told, receiver = sender, self.client
             if decision.rule.redirect is not None:
@@ -10097,6 +10109,9 @@ class SessionLookup:
         self.answers: dict[tuple[Favour, str, tuple[bytes, ...]], tuple[list[bytes], float]] = {}
         self.ident_answer: str | None = None
         self.ident_asked = False
+        # Why nobody answered what is being judged now, or "".  Without an answer a rule matches as little
+        # as where the answer was no, so whoever judges looks here before anything passes.
+        self.unanswered = ""
 
     def ask(self, favour: Favour, text: str, *more: bytes) -> list[bytes]:
         """Return the resolver's answer, first what went wrong ("" for nothing).
@@ -10110,6 +10125,7 @@ class SessionLookup:
         try:
             answer = self._ask_in_turn(favour, [text.encode("latin-1", "replace"), *more], deadline)
         except SockdError as error:
+            self.unanswered = self.unanswered or str(error)
             return [str(error).encode()]
         if len(self.answers) >= MOST_VERDICTS:
             self.answers.clear()
@@ -10127,6 +10143,17 @@ class SessionLookup:
             return self.serving.resolver.ask(favour, question, max(0.0, deadline - time.monotonic()))[0]
         finally:
             shares.give_back(source)
+
+    def hold_back(self, decision: Decision) -> Decision:
+        """Return a verdict of the rules; block what passes where nobody answered a look-up for it.
+
+        Unlike Dante: a rule is passed over only where the answer is no.  A client that keeps the resolver
+        busy does not get past the rules that need it.
+        """
+        if decision.verdict == "block" or not self.unanswered:
+            return decision
+        reason = f"rules could not be compared: {self.unanswered}"
+        return decision._replace(verdict="block", reason=reason, lasts=False)
 
     def resolve(self, name: str) -> tuple[tuple[Endpoint, ...], str]:
         """Return a name's addresses, or what went wrong if none is of a family that we can leave by.
@@ -10403,6 +10430,7 @@ class Session:
                 return False
         facts = Facts("accept", "tcp", "", self.client, self.local)
         decision, identity = self.serving.policy.client_decision(facts, self.lookup)
+        decision = self.lookup.hold_back(decision)
         self.client_rule = self.record.client_rule = decision.rule
         self.identity = identity
         self.record.identify(identity)
@@ -10467,6 +10495,8 @@ class Session:
         if not srchost & {"nodnsunknown", "nodnsmismatch"}:
             return ""
         names = self.lookup.names(host)
+        if self.lookup.unanswered:
+            return f"no answer about srchost {host}: {self.lookup.unanswered}"
         if not names:
             return f"no dns entry found for srchost {host}" if "nodnsunknown" in srchost else ""
         # As Dante: with "resolveprotocol: fake" no name has an address.
@@ -10676,12 +10706,16 @@ class Session:
             reason = self.ask_libwrap("hosts_access", 0, peer)
             if reason:
                 return Decision("block", FINAL_SOCKS_BLOCK, reason)
-        decision = self.serving.policy.socks_decision(facts, self.lookup)
+        decision = self.judge(facts)
         fault = self.verify_facts(decision, facts)
         if fault:
             # As Dante: a wrong password ends the search; no later rule is tried.
             return decision._replace(verdict="block", reason=fault)
         return self.wrap(decision, peer or self.connection)
+
+    def judge(self, facts: Facts) -> Decision:
+        """Judge by the socks-rules alone."""
+        return self.lookup.hold_back(self.serving.policy.socks_decision(facts, self.lookup))
 
     def verify_facts(self, decision: Decision, facts: Facts) -> str:
         """Return why a request or reply does not pass after all, or ""."""
@@ -10801,8 +10835,9 @@ class Session:
         self.leave_paths(tuple(self.ways))
 
     def facts(self, command: str, target: Endpoint | None, addresses: tuple[Endpoint, ...] = ()) -> Facts:
-        """Return the facts of this client's request."""
+        """Return the facts of this client's request, of which nothing has been asked yet."""
         assert self.request is not None
+        self.lookup.unanswered = ""
         protocol = "udp" if command in UDP_COMMANDS else "tcp"
         language = PROXY_PROTOCOL_OF_VERSION[self.request.version]
         families = frozenset({4, 6})
@@ -12080,7 +12115,7 @@ class UdpRequest:
             return session.decide_request(facts)
         named = facts._replace(source=session.client._replace(port=port))
         # By the policy alone first: what libwrap does for a rule that passes is done once.
-        decision = session.serving.policy.socks_decision(named, session.lookup)
+        decision = session.judge(named)
         return session.decide(named) if decision.verdict == "block" else session.decide_request(facts)
 
     def names_client(self) -> bool:
@@ -12308,7 +12343,7 @@ class RoutedUdpRequest(UdpRequest):
     def run(self) -> None:
         session, target = self.session, self.request.target
         # By the policy alone: super().run() asks once more, and what libwrap does is done once.
-        decision = session.serving.policy.socks_decision(session.facts("udpassociate", None), session.lookup)
+        decision = session.judge(session.facts("udpassociate", None))
         if decision.verdict == "block" or session.find_paths("udpassociate", None):
             super().run()
             return
@@ -13500,6 +13535,18 @@ RESOLVER_FAVOURS = {
 }
 
 
+NETDB_INTERNAL = -1  # netdb.h: h_errno for what went wrong in this process
+
+
+def is_own_fault(error: Exception) -> bool:
+    """Tell whether a look-up failed for want of something here, and not because the system said no."""
+    if isinstance(error, socket.gaierror):
+        return error.errno in (socket.EAI_SYSTEM, socket.EAI_MEMORY)
+    if isinstance(error, socket.herror):
+        return error.errno == NETDB_INTERNAL
+    return isinstance(error, OSError)
+
+
 class Resolver:
     """Asks the system for names: getaddrinfo blocks and has no time-out, so a few threads take turns."""
 
@@ -13525,7 +13572,7 @@ class Resolver:
             _thread.start_new_thread(self.answer, (question,))
         except (RuntimeError, MemoryError):
             self.free.release()
-            question.reply([b"no thread is left to ask the resolver"])
+            question.fail("no thread is left to ask the resolver")
 
     def tidy(self) -> int | None:
         return None
@@ -13540,7 +13587,10 @@ class Resolver:
             question.reply([b"", *RESOLVER_FAVOURS[question.favour](question.fields)])
         except (OSError, KeyError, ValueError, TypeError) as error:
             text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            question.reply([text.encode("utf-8", "replace")[:255]])
+            if is_own_fault(error):
+                question.fail(text)
+            else:
+                question.reply([text.encode("utf-8", "replace")[:255]])
         finally:
             self.free.release()
 

@@ -153,6 +153,7 @@ DIFFERENCES = {
     "warn_of_lost_log": "Background",
     "parse_text_option": "Empty options",
     "find_accounts": "Not as root",
+    "hold_back": "Look-ups without an answer",
     "admit": "libwrap",
     "become_commander": "libwrap",
     "find_protection_fault": "GSS-API",

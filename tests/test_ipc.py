@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import json
 import random
 import resource
@@ -395,6 +396,33 @@ def test_resolver_whose_threads_are_all_stuck_makes_room_for_another(monkeypatch
         with control:
             assert program.run_helper(program.Log("sockd"), read_end, control, resolver) == 1
     resolver.drain()  # does not wait for what does not end
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_answer"),
+    [
+        (socket.gaierror(socket.EAI_NONAME, "no such name"), True),
+        (socket.herror(1, "no such host"), True),
+        (KeyError("no such user"), True),
+        (socket.gaierror(socket.EAI_SYSTEM, "system error"), False),
+        (OSError(errno.EMFILE, "too many open files"), False),
+    ],
+)
+def test_what_the_resolver_lacks_is_no_answer(
+    monkeypatch: pytest.MonkeyPatch, fault: Exception, is_answer: bool
+) -> None:
+    def fail(_: list[bytes]) -> list[bytes]:
+        raise fault
+
+    monkeypatch.setitem(program.RESOLVER_FAVOURS, program.Favour.RESOLVE, fail)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    program.Resolver().answer(program.Question(program.Favour.RESOLVE, [b"a.test", b"4"], theirs))
+    with program.Dialogue(program.Favour.RESOLVE, ours) as dialogue:
+        if is_answer:
+            assert "no such" in dialogue.hear(1.0)[0][0].decode()
+        else:
+            with pytest.raises(program.HelperFailed, match=r"system error|too many open files"):
+                dialogue.hear(1.0)
 
 
 def test_helper_without_a_free_descriptor_accuses_nobody() -> None:

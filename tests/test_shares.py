@@ -1,4 +1,7 @@
-"""Look-ups: a source of clients has a share of them, so that names which nobody answers hold up no other."""
+"""Look-ups: a source of clients has a share of them, so that names which nobody answers hold up no other.
+
+And no rule that needs one is got past where there is no answer.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import CONNECT, Client, request5
-from more_peers import IPV4_HEAD, SOCKS_PASS, NameServer, rule, world_that_asks
+from client import CONNECT, UDP_ASSOCIATE, Client, UdpClient, request5
+from more_peers import (
+    CLIENT_PASS,
+    IPV4_HEAD,
+    SOCKS_PASS,
+    NameServer,
+    rule,
+    wait_for_line,
+    wait_for_record,
+    world_that_asks,
+)
 from servers import Server, Sockd, World, eventually
 from test_ipc import is_calm
 
@@ -93,8 +105,9 @@ PATIENT = "options attempts:1 timeout:30\n"
 
 @pytest.fixture
 def names() -> Iterator[NameServer]:
-    """A name server that answers for quick.test and never for N.slow.test."""
+    """A name server that answers for quick.test and never for N.slow.test, nor who SOURCE is."""
     silent: dict[str, list[list[str]] | None] = {f"{n}.slow.test": None for n in range(256)}
+    silent["8.0.0.127.in-addr.arpa"] = None
     with contextlib.closing(NameServer({"quick.test": [["127.0.0.1"]], **silent})) as server:
         yield server
 
@@ -143,3 +156,66 @@ def test_look_up_beyond_the_share_waits_and_is_answered(
         eventually(lambda: len(names.asked) >= SHARE)
         assert is_quick(server, SOURCE, peer("echo").port)
     assert names.asked[f"{SHARE}.slow.test"]
+
+
+# ------------------------------ rules that nobody answers for ------------------------------
+
+# Half of what the system's resolver takes to say that there is no answer.
+HASTY = IPV4_HEAD + "timeout.connect: 1\n"
+BLOCK_BY_NAME = rule("socks block", "from: 0/0 to: 0.slow.test")
+UNCOMPARED = "rules could not be compared: no answer to resolve within 1 seconds"
+
+
+@pytest.mark.root
+def test_request_does_not_get_past_a_rule_whose_name_nobody_answers(
+    private_world: World, names: NameServer, tmp_path: Path, sockd: Any, peer: StartPeer
+) -> None:
+    config = HASTY + CLIENT_PASS + BLOCK_BY_NAME + SOCKS_PASS
+    server = sockd(config, world=world_that_asks(names, private_world, tmp_path))
+    with Client(server.addresses[0]) as client:
+        assert client.open5(CONNECT, *peer("echo").address).code == program.Reply.NOT_ALLOWED
+        wait_for_line(server, client.address, "block(2): tcp/connect ]: ", UNCOMPARED)
+
+
+@pytest.mark.root
+def test_rule_whose_name_does_not_exist_is_passed_over(
+    private_world: World, names: NameServer, tmp_path: Path, sockd: Any, peer: StartPeer
+) -> None:
+    config = HASTY + CLIENT_PASS + BLOCK_BY_NAME.replace("0.slow.test", "no.test") + SOCKS_PASS
+    server = sockd(config, world=world_that_asks(names, private_world, tmp_path))
+    with Client(server.addresses[0]) as client:
+        assert client.open5(CONNECT, *peer("echo").address).code == 0
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("form", ["rule", "srchost"])
+def test_client_does_not_get_past_what_nobody_answers_at_accept(
+    private_world: World, names: NameServer, tmp_path: Path, sockd: Any, form: str
+) -> None:
+    by_rule = rule("client block", "from: 0.slow.test to: 0/0")
+    config = HASTY + {"rule": by_rule, "srchost": "srchost: nodnsmismatch\n"}[form] + CLIENT_PASS + SOCKS_PASS
+    server = sockd(config, world=world_that_asks(names, private_world, tmp_path))
+    with Client(server.addresses[0], source=(SOURCE, 0)) as client:
+        assert client.receive_all() == b""
+        reason = UNCOMPARED if form == "rule" else "no answer about srchost "
+        wait_for_line(server, client.address, "tcp/accept ]: ", reason)
+
+
+@pytest.mark.root
+def test_datagram_is_judged_anew_when_there_is_an_answer(
+    private_world: World, tmp_path: Path, sockd: Any, peer: StartPeer
+) -> None:
+    known: dict[str, list[list[str]] | None] = {"0.slow.test": None}
+    target = peer("udp-echo")
+    with contextlib.closing(NameServer(known)) as names:
+        config = HASTY + CLIENT_PASS + BLOCK_BY_NAME + SOCKS_PASS
+        server = sockd(config, world=world_that_asks(names, private_world, tmp_path))
+        with Client(server.addresses[0]) as client, UdpClient() as udp:
+            reply = client.open5(UDP_ASSOCIATE, "0.0.0.0", 0)
+            relay = (reply.host, reply.port)
+            udp.send(relay, *target.address, b"held back")
+            wait_for_record(server, "block(2): udp/udpassociate -: ")
+            known["0.slow.test"] = [["127.0.0.77"]]
+            udp.send(relay, *target.address, b"let through")
+            assert udp.receive(relay).data == b"let through"
+    assert [data for data, *_ in target.seen] == [b"let through"]
