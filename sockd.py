@@ -10579,10 +10579,15 @@ class Session:
             )
         return request
 
+    def identify(self, method: str, user: str) -> None:
+        """Take the client for another user: what was verified at accept was not about that one."""
+        self.identity = self.identity._replace(method=method, user=user)
+        self.verified.clear()
+
     def read_password(self, deadline: float) -> None:
         """Read user and password, and check them now if it is clear against what."""
         user, self.password = self.read(decode_password, deadline)
-        self.identity = self.identity._replace(method="username", user=user)
+        self.identify("username", user)
         method = only_password_method(self.config)
         fault = self.verify(method, self.password_rule(method)) if method else ""
         self.stream.send(encode_password_status(not fault), deadline)
@@ -10623,7 +10628,7 @@ class Session:
             raise ProtocolError(str(error)) from None
         if fault:
             raise ProtocolError(fault.decode("utf-8", "replace"))
-        self.identity = self.identity._replace(method="gssapi", user=user.decode(WIRE_TEXT))
+        self.identify("gssapi", user.decode(WIRE_TEXT))
         self.stream.send(encode_gssapi(GSSAPI_TOKEN, token), deadline)
         return SecurityContext(exported)
 

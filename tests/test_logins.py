@@ -106,6 +106,22 @@ def test_who_checks_a_password_holds_nothing_but_the_way_of_the_answer(
     assert [link.partition(":")[0] for link in beyond] == ["socket"]
 
 
+def test_what_pam_said_at_accept_is_not_said_of_another_user(
+    sockd: Factory, login_world: World, tmp_path: Path, peer: StartPeer
+) -> None:
+    config = write_config("pam.address", "pam.servicename: told-no-user", "user: sha512")
+    config = config.replace("clientmethod: none", "clientmethod: pam.address")
+    config = config.replace(
+        CLIENT_PASS, rule("client pass", "from: 0/0 to: 0/0", "pam.servicename: told-no-user")
+    )
+    world = login_peers.write_pam_services(login_world, tmp_path / "pam")
+    server, target = sockd(config, world=world), peer("echo")
+    with Client(server.addresses[0], source=(TOLD_HOST, 0)) as client:
+        assert not log_in_somehow(client, target.port)
+        wait_for_line(server, client.address, 'user "sha512" failed')
+    assert not target.seen
+
+
 def log_in_somehow(client: Client, port: int) -> bool:
     """Connect, with a password if that is wanted; tell whether the server lets it."""
     with contextlib.suppress(AssertionError, ConnectionResetError, BrokenPipeError):
