@@ -3678,6 +3678,10 @@ def can_carry(path: Path, command: str, target: Endpoint | None) -> bool:
     return not speaks_ipv4 or not path.addresses or any(a.family == 4 for a in path.addresses)
 
 
+# By the kind of a rule's target.
+FAMILIES_JUDGED = {"ipv4": frozenset({4}), "ipv6": frozenset({4, 6}), "interface": frozenset({4, 6})}
+
+
 class Policy:
     """The rules of a configuration, ready to be asked.  Never changes."""
 
@@ -3689,12 +3693,19 @@ class Policy:
             rule.verdict == "pass" and "http" in rule.proxyprotocols for rule in config.socks_rules
         )
         self.fake = config.resolveprotocol == "fake"
-        # As Dante: a name is judged by its addresses of both families, also where only one can be used.
-        self.judges_both_families = any(
-            rule.target.kind in ("ipv6", "interface") for rule in config.socks_rules
-        )
         self.checks_replies = "checkreplyauth" in config.srchost
         self.paths = expand_routes(config.routes)
+        self.judged_families = self._find_judged_families()
+
+    def _find_judged_families(self) -> frozenset[int]:
+        """Return the families that the rules compare of a name's addresses.
+
+        As Dante: also where only the other family can be used.
+        """
+        kinds = {rule.target.kind for rule in self.config.socks_rules}.intersection(FAMILIES_JUDGED)
+        if kinds and any(path.steps for path in self.paths):
+            return frozenset({4, 6})  # which a proxy may connect to, when it is sent the name
+        return frozenset().union(*(FAMILIES_JUDGED[kind] for kind in kinds))
 
     def client_decision(self, facts: Facts, lookup: Lookup) -> tuple[Decision, Identity]:
         """Judge a new connection by the client-rules; facts.target is the address it came in on.
@@ -10161,13 +10172,15 @@ class SessionLookup:
         Those of the other family are given where the rules may ask about them.
         """
         families = external_families(self.serving.config, self)
-        judged = frozenset({4, 6}) if self.serving.policy.judges_both_families else families
-        answer = self.ask(Favour.RESOLVE, name, "".join(map(str, sorted(judged))).encode())
+        asked = families | self.serving.policy.judged_families
+        answer = self.ask(Favour.RESOLVE, name, "".join(map(str, sorted(asked))).encode())
         # A name for "this host" is no target: connect(2) takes 0.0.0.0 for 127.0.0.1, past every
         # rule about that.
         found = tuple(e for e in decode_endpoints(answer[1:]) if e.host not in IP_ANY)
-        if any(e.family in families for e in found):
-            return found, ""
+        usable = tuple(e for e in found if e.family in families)
+        if usable:
+            # These first: a proxy that is sent one address has hardly more families than we.
+            return usable + tuple(e for e in found if e.family not in families), ""
         fault = answer[0].decode() or NAME_UNKNOWN
         if fault == NAME_UNKNOWN and len(families) == 1:
             fault = f"{fault} for IPv{min(families)} address"
@@ -12238,7 +12251,6 @@ class UdpRequest:
         decision = session.decide(session.facts("udpassociate", target, addresses)._replace(source=client))
         if decision.verdict == "block":
             return decision
-        decision = decision._replace(addresses=session.lookup.prefer_usable(decision.addresses))
         decision = session.redirect(decision, "udpassociate", target.port)
         return self.route(decision, target, addresses)
 
@@ -12260,7 +12272,7 @@ class UdpRequest:
 
     def route(self, decision: Decision, target: Endpoint, addresses: tuple[Endpoint, ...]) -> Decision:
         """Return a decision with the way that a datagram takes."""
-        return decision
+        return decision._replace(addresses=self.session.lookup.prefer_usable(decision.addresses))
 
     def judge_reply(self, sender: Endpoint, client: Endpoint) -> Decision:
         return self.session.decide(self.session.facts("udpreply", client)._replace(source=sender))
@@ -12378,7 +12390,8 @@ class RoutedUdpRequest(UdpRequest):
             target, addresses = redirected_endpoint(pattern, target.port), decision.addresses
         paths = session.find_paths("udpassociate", target, decision.addresses)
         if paths and not paths[0].steps and paths[0].addresses:
-            return decision._replace(addresses=paths[0].addresses, paths=paths[:1])
+            usable = session.lookup.prefer_usable(paths[0].addresses)
+            return decision._replace(addresses=usable, paths=paths[:1])
         upward = tuple(path for path in paths if path.steps)
         if not upward:
             raise Refused(NO_ROUTE)

@@ -544,6 +544,34 @@ def test_name_with_one_blocked_address_is_blocked(
         assert not target.seen
 
 
+def test_name_is_blocked_by_an_address_of_the_family_that_nothing_leaves_by(
+    private_world: World, tmp_path: Any, sockd: Any, peer: StartPeer
+) -> None:
+    head = HEAD.replace("external: 127.0.0.1\n", "")
+    block = rule("socks block", "from: 0/0 to: 127.0.0.0/8", "log: connect")
+    answers = {"dual.test": [["127.0.0.9", "::1"]], "sole.test": [["::1"]]}
+    with contextlib.closing(NameServer(answers)) as names:
+        world = world_that_asks(names, private_world, tmp_path)
+        server = sockd(head + CLIENT_PASS + block + SOCKS_PASS, world=world)
+        target = peer("echo", "::1")
+        for name, code in (("dual.test", 2), ("sole.test", 0)):
+            with Client(server.addresses[0]) as client:
+                assert client.open5(CONNECT, name, target.port).code == code
+
+
+@pytest.mark.parametrize(("to", "questions"), [("127.0.0.9", 1), ("::1", 2)])
+def test_name_is_asked_for_no_family_that_nothing_needs(
+    private_world: World, tmp_path: Any, sockd: Any, peer: StartPeer, to: str, questions: int
+) -> None:
+    block = rule("socks block", f"from: 0/0 to: {to}", "log: connect")
+    with contextlib.closing(NameServer({"four.test": [["127.0.0.1"]]})) as names:
+        world = world_that_asks(names, private_world, tmp_path)
+        server = sockd(IPV4_HEAD + CLIENT_PASS + block + SOCKS_PASS, world=world)
+        with Client(server.addresses[0]) as client:
+            assert client.open5(CONNECT, "four.test", peer("echo").port).code == 0
+        assert names.asked["four.test"] == questions
+
+
 def test_name_with_one_passed_address_uses_only_that(
     server: Server, sockd: Any, private_world: World, peer: StartPeer
 ) -> None:

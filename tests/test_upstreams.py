@@ -15,7 +15,7 @@ import pytest
 import test_gssapi_upstreams
 from client import BIND, CONNECT, GRANTED, NO_METHOD, PASSWORD_METHOD, Client, UdpClient, wrap
 from conftest import Factory
-from more_peers import rule, run_all, wait_for_line, wait_for_record
+from more_peers import NameServer, rule, run_all, wait_for_line, wait_for_record, world_that_asks
 from peers import Seen, TcpPeer
 from servers import Server, Sockd, World, check_configuration, eventually, need_danted
 from test_clients import (
@@ -503,6 +503,21 @@ def test_name_of_a_direct_route_that_is_not_found_is_left_to_an_upstream(
             with Client(server.addresses[0]) as client:
                 assert client.open5(command, "private.invalid", 80).code == 0
             assert b"\3\x0fprivate.invalid" in bytes(proxy.seen[-1].data)
+
+
+def test_proxy_is_not_sent_a_name_of_which_a_rule_passes_one_family(
+    sockd: Factory, private_world: World, tmp_path: Path
+) -> None:
+    only = rule("client pass", "from: 0/0 to: 0/0") + rule("socks pass", "from: 0/0 to: 192.0.2.0/24")
+    names = {"dual.test": [["192.0.2.80", "2001:db8::80"]], "four.test": [["192.0.2.80"]]}
+    with contextlib.closing(NameServer(names)) as server, upstream(*FRIENDLY["socks_v5"]) as proxy:
+        world = world_that_asks(server, private_world, tmp_path)
+        chain = sockd(HEAD + only + route(proxy.address, proxyprotocol="socks_v5"), world=world)
+        for name in names:
+            assert fetch(chain, name, 80) == 0
+        sent = [bytes(seen.data) for seen in proxy.seen]
+        assert b"\5\1\0\1\xc0\0\2\x50\0\x50" in sent[0]
+        assert b"\5\1\0\3\x09four.test\0\x50" in sent[1]
 
 
 def test_name_that_nobody_resolves_here_goes_by_socks_4a(sockd: Factory, private_world: World) -> None:
