@@ -6766,7 +6766,8 @@ class Race:
 
 MAX_MESSAGE_BYTES = 4096  # the largest is a password check: two times 255 bytes and some words
 MAX_TOKEN_MESSAGE_BYTES = GSSAPI_MAX + 4096  # but for those with a token of GSS-API
-MAX_FIELDS = 255
+MAX_FIELD_BYTES = 65535
+FOUND_BORDER = b"\0"  # between what a look-up has found: all of it is one field, which has room for more
 VERIFY_SECONDS = 60  # a PAM module that takes longer is ended
 MOST_GUESSED = 65536  # descriptors looked at where there is no /proc to list them
 IMPATIENT_SECONDS = 0.1
@@ -10134,10 +10135,11 @@ class SessionLookup:
             return answer
         deadline = time.monotonic() + (self.serving.config.timeouts.connect or RESOLVE_SECONDS)
         try:
-            answer = self._ask_in_turn(favour, [text.encode("latin-1", "replace"), *more], deadline)
+            fault, *found = self._ask_in_turn(favour, [text.encode("latin-1", "replace"), *more], deadline)
         except SockdError as error:
             self.unanswered = self.unanswered or str(error)
             return [str(error).encode()]
+        answer = [fault, *(part for field in found for part in field.split(FOUND_BORDER) if part)]
         if len(self.answers) >= MOST_VERDICTS:
             self.answers.clear()
         lifetime = FAILURE_SECONDS if answer[0] else NO_DEADLINE
@@ -13518,11 +13520,7 @@ def run_helper(log: Log, inbox: socket.socket, control: socket.socket, helper: H
 
 def grant_resolve(fields: list[bytes]) -> list[bytes]:
     families = [int(digit) for digit in fields[1].decode("ascii") if digit in "46"]
-    return (
-        encode_endpoints(resolve_name(fields[0].decode("latin-1"), families)[: MAX_FIELDS - 1])
-        if families
-        else []
-    )
+    return encode_endpoints(resolve_name(fields[0].decode("latin-1"), families)) if families else []
 
 
 def grant_reverse(fields: list[bytes]) -> list[bytes]:
@@ -13531,7 +13529,7 @@ def grant_reverse(fields: list[bytes]) -> list[bytes]:
 
 
 def grant_interface(fields: list[bytes]) -> list[bytes]:
-    return encode_endpoints(interface_addresses().get(fields[0].decode("latin-1"), ())[:64])
+    return encode_endpoints(interface_addresses().get(fields[0].decode("latin-1"), ()))
 
 
 def grant_groups(fields: list[bytes]) -> list[bytes]:
@@ -13542,7 +13540,7 @@ def grant_groups(fields: list[bytes]) -> list[bytes]:
             names.append(os.fsencode(grp.getgrgid(number).gr_name))
         except KeyError:
             continue
-    return names[: MAX_FIELDS - 1]
+    return names
 
 
 RESOLVER_FAVOURS = {
@@ -13602,7 +13600,12 @@ class Resolver:
 
     def answer(self, question: Question) -> None:
         try:
-            question.reply([b"", *RESOLVER_FAVOURS[question.favour](question.fields)])
+            found = FOUND_BORDER.join(RESOLVER_FAVOURS[question.favour](question.fields))
+            if len(found) > MAX_FIELD_BYTES:
+                # A part of it would be a wrong answer: a rule could miss the rest.
+                question.fail(f"the answer has more than {MAX_FIELD_BYTES} bytes")
+            else:
+                question.reply([b"", found])
         except (OSError, KeyError, ValueError, TypeError) as error:
             text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             if is_own_fault(error):

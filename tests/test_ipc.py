@@ -425,6 +425,22 @@ def test_what_the_resolver_lacks_is_no_answer(
                 dialogue.hear(1.0)
 
 
+@pytest.mark.parametrize(("count", "fits"), [(1, True), (400, True), (40_000, False)])
+def test_answer_of_the_resolver_is_whole_or_none(
+    monkeypatch: pytest.MonkeyPatch, count: int, fits: bool
+) -> None:
+    names = [b"%d" % number for number in range(count)]
+    monkeypatch.setitem(program.RESOLVER_FAVOURS, program.Favour.GROUPS, lambda _: names)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    program.Resolver().answer(program.Question(program.Favour.GROUPS, [b"alice"], theirs))
+    with program.Dialogue(program.Favour.GROUPS, ours) as dialogue:
+        if fits:
+            assert dialogue.hear(1.0)[0] == [b"", b"\0".join(names)]
+        else:
+            with pytest.raises(program.HelperFailed, match="more than 65535 bytes"):
+                dialogue.hear(1.0)
+
+
 def test_helper_without_a_free_descriptor_accuses_nobody() -> None:
     read_end, write_end = program.make_inbox()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

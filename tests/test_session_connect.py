@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -570,6 +571,29 @@ def test_name_is_asked_for_no_family_that_nothing_needs(
         with Client(server.addresses[0]) as client:
             assert client.open5(CONNECT, "four.test", peer("echo").port).code == 0
         assert names.asked["four.test"] == questions
+
+
+def change_addresses(verb: str, hosts: list[str]) -> None:
+    """Add addresses to the loopback interface of this thread's network, or delete them."""
+    lines = "".join(f"address {verb} {host}/32 dev lo\n" for host in hosts)
+    subprocess.run(["ip", "-batch", "-"], input=lines, text=True, check=True)
+
+
+def test_every_address_of_an_interface_is_blocked_however_many(
+    private_world: World, sockd: Any, peer: StartPeer
+) -> None:
+    block = rule("socks block", "from: 0/0 to: lo", "log: connect")
+    hosts = [f"127.9.{number // 100}.{number % 100}" for number in range(300)]
+    change_addresses("add", hosts)
+    try:
+        server = sockd(IPV4_HEAD + CLIENT_PASS + block + SOCKS_PASS, world=private_world)
+        target = peer("discard", hosts[-1])
+        with Client(server.addresses[0]) as client:
+            assert client.open5(CONNECT, hosts[-1], target.port).code == 2
+        with Client(server.addresses[0]) as client:
+            assert client.open5(CONNECT, "127.9.9.9", target.port).code == 5
+    finally:
+        change_addresses("del", hosts)
 
 
 def test_name_with_one_passed_address_uses_only_that(
