@@ -10963,6 +10963,8 @@ class Session:
             return ()
         facts = self.facts(command, target, addresses)
         found = self.serving.policy.routes(facts, self.lookup)
+        if self.lookup.unanswered:
+            return ()  # the one that was passed over for want of an answer may be the way to go
         if target is None or not target.family or all(path.steps for path in found):
             return found
         # A route that leads nowhere for want of an address of the family is no route.

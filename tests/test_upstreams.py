@@ -520,6 +520,21 @@ def test_proxy_is_not_sent_a_name_of_which_a_rule_passes_one_family(
         assert b"\5\1\0\3\x09four.test\0\x50" in sent[1]
 
 
+def test_route_whose_name_nobody_answers_is_not_passed_over(
+    sockd: Factory, private_world: World, tmp_path: Path, peer: StartPeer
+) -> None:
+    target = peer("echo")
+    with (
+        contextlib.closing(NameServer({"slow.test": None})) as names,
+        upstream(*FRIENDLY["socks_v5"]) as proxy,
+    ):
+        routes = route(proxy.address, to="slow.test", proxyprotocol="socks_v5") + direct()
+        world = world_that_asks(names, private_world, tmp_path)
+        server = sockd(HEAD + "timeout.connect: 1\n" + PASS + routes, world=world)
+        assert fetch(server, *target.address) == NO_ROUTE
+        assert not target.seen
+
+
 def test_name_that_nobody_resolves_here_goes_by_socks_4a(sockd: Factory, private_world: World) -> None:
     with upstream(*FRIENDLY["socks_v4"]) as proxy:
         server = sockd(HEAD + PASS + route(proxy.address, proxyprotocol="socks_v4"), world=private_world)
