@@ -8621,8 +8621,7 @@ class TcpRelay:
             self.failed = failure.side
             if failure.side.finished or failure.number == errno.EPIPE:
                 # Its FIN came first, be it read or not (tcp_reset in Linux): nobody reads there any more.
-                self._deliver(failure.side)
-                return CLIENT_CLOSED if failure.side is self.client else TARGET_CLOSED
+                return self._deliver(failure.side)
             failure.side.peer.reset()
             return str(failure)
         finally:
@@ -8631,8 +8630,8 @@ class TcpRelay:
             self.target.leave_pipe()
             part_sides(self.client, self.target)
 
-    def _deliver(self, side: Side) -> None:
-        """Let the peer have all that a side which has gone had sent before its FIN.
+    def _deliver(self, side: Side) -> str:
+        """Let the peer have all that a side which has gone had sent before its FIN; return the reason.
 
         To close before the peer's system has it would lose it: what the peer may still send is for nobody,
         and the answer to that is a reset.  It is not waited for longer than for any half-closed session.
@@ -8647,10 +8646,14 @@ class TcpRelay:
                     active = time.monotonic()
                 if time.monotonic() >= min(active + idle, self.finished_at):
                     peer.reset()  # what it has is not to look like the whole
-                    return
+                    break
                 self._deliver_more(side)
-        except SideFailed:
-            pass  # the peer has gone, too
+        except SideFailed as failure:
+            if failure.side is side:  # a broken seal, or an end within a message
+                peer.reset()
+                return str(failure)
+            # The peer has gone, too.
+        return CLIENT_CLOSED if side is self.client else TARGET_CLOSED
 
     def _is_delivered(self, side: Side) -> bool:
         """Tell whether the peer's system has it all, or will have it, as the peer sends nothing any more."""
@@ -8664,7 +8667,7 @@ class TcpRelay:
         peer = side.peer
         if not (peer.backlog or side.piped or side.finished):
             data = side.receive()
-            side.finished = not data
+            side.finished = data == b""  # None: no message of GSS-API is whole yet
             if data:
                 self._pass_on(side, data)
         if side.finished and not (peer.backlog or side.piped):

@@ -12,8 +12,10 @@ import shutil
 import socket
 import struct
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -45,8 +47,10 @@ from kerberos import (
     message,
     running_realm,
 )
-from more_peers import rule
+from more_peers import rule, target_that
+from peers import Seen
 from servers import DidNotStart, Server, eventually, need
+from test_relay import CLOSE_WAIT, is_held, list_states, say_to_nobody
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("as_root")]
 StartPeer = Callable[..., Any]
@@ -61,6 +65,7 @@ timeout.negotiate: 20
 clientmethod: none
 socksmethod: gssapi
 """
+SMALL = 3000  # bytes whose message is no full read
 LOG = "log: connect disconnect error"
 
 
@@ -507,6 +512,48 @@ def test_data_that_is_not_sealed_ends_the_session(
     eventually(lambda: [m for m in server.messages if "tcp/accept ]:" in m and "local client error (" in m])
     eventually(lambda: target.seen[0].end)
     assert bytes(target.seen[0].data) == b"once"
+
+
+@pytest.mark.parametrize("kind", ["whole", "cut"])
+def test_upload_of_a_closed_client_arrives_or_is_seen_to_be_cut(
+    sockd: Factory, realm: Realm, kind: str
+) -> None:
+    """Though the target has said something to nobody, before it has read."""
+    server = sockd(config(realm, head=f"{HEAD}external.socket.so_sndbuf: 4096\n"))
+    port, resume = Queue[int](), threading.Event()
+
+    def take(connection: socket.socket, seen: Seen) -> None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        say_to_nobody(connection, port.get())
+        resume.wait()
+        try:
+            while data := connection.recv(1 << 20):
+                seen.data += data
+            seen.end = "FIN"
+        except ConnectionResetError:
+            seen.end = "reset"
+
+    piece, count = bytes(range(256)) * 200, 0
+    with target_that(take) as target:
+        with GssClient(server.addresses[0], realm) as client:
+            client.log_in()
+            assert client.request5(CONNECT, *target.address).code == 0
+            far_port = client.address[1]
+            # Messages that are read at once, until one is held up: so the next is more than one read.
+            while not count or not is_held(far_port):
+                client.send(piece[:SMALL])
+                count += 1
+            client.send_raw(client.seal(piece, len(piece))[: -1 if kind == "cut" else None])
+        port.put(far_port)
+        eventually(lambda: CLOSE_WAIT not in list_states(far_port))
+        resume.set()
+        end = eventually(lambda: target.seen[0].end)
+        data = bytes(target.seen[0].data)
+    if kind == "whole":
+        assert (end, data == piece[:SMALL] * count + piece) == ("FIN", True)
+    else:
+        assert end == "reset"
+        eventually(lambda: [m for m in server.messages if "local client error (eof within" in m])
 
 
 def test_client_without_gssapi_is_refused(server: Server) -> None:
