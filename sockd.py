@@ -6695,11 +6695,11 @@ class Race:
         self.client = client  # descriptor: a reset by the client ends the race
         self.deadline = deadline
         self.attempts: dict[int, Attempt] = {}
-        self.failure: SockdError | None = None
+        self.failure: SockdError | OSError | None = None
         self.poller = select.poll()
 
     def run(self) -> Attempt:
-        """Return the attempt that has won; ConnectFailed, Refused, ConnectTimeout or PeerGone."""
+        """Return the attempt that has won; ConnectFailed, Refused, ConnectTimeout, PeerGone or OSError."""
         self.poller.register(self.client, 0)
         winner = None
         try:
@@ -6723,6 +6723,13 @@ class Race:
             attempt = start_attempt(target, self.open_for)
         except (ConnectFailed, Refused) as failure:
             self.failure = failure
+            return
+        except OSError as error:
+            if error.errno in SHORTAGES:
+                raise
+            # An address of ours has gone, say: those of the other family may be there.  What the network
+            # has answered elsewhere says more.
+            self.failure = self.failure or error
             return
         self.attempts[attempt.connection.fileno()] = attempt
         self.poller.register(attempt.connection.fileno(), select.POLLOUT)

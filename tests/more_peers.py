@@ -320,6 +320,12 @@ def add_silent_network() -> None:
     subprocess.run(["ip", "route", "replace", SILENT_NETWORK, "dev", "lo", "src", "127.0.0.1"], check=True)
 
 
+def change_address(how: str, address: str) -> None:
+    """Add an address to this thread's network, which must be a private one, or delete it ("add", "del")."""
+    length, nodad = ("/128", ["nodad"] * (how == "add")) if ":" in address else ("/32", [])
+    subprocess.run(["ip", "address", how, address + length, "dev", "lo", *nodad], check=True)
+
+
 # ------------------------------ other worlds ------------------------------
 
 

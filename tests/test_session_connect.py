@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
 import random
 import resource
 import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +45,7 @@ from more_peers import (
     NameServer,
     add_silent_network,
     answer_with_digest,
+    change_address,
     count_keepalive_timers,
     greet_and_reset,
     highest_descriptor,
@@ -61,6 +65,8 @@ from more_peers import (
 )
 from peers import Seen, echo
 from servers import Server, Sockd, World, eventually
+
+import sockd as program
 
 pytestmark = pytest.mark.root
 StartPeer = Callable[..., Any]
@@ -510,6 +516,39 @@ def test_address_that_fails_does_not_hide_the_next(
             with Client(server.addresses[0]) as client:
                 assert client.open5(CONNECT, "some.test", target.port).code == 0
                 assert client.exchange(b"found") == b"found"
+
+
+@pytest.mark.parametrize(("gone", "kept"), [("192.0.2.9", "fd00::6"), ("fd00::9", "127.0.0.1")])
+def test_outgoing_address_that_has_gone_does_not_hide_the_other_family(
+    sockd: Any, private_world: World, peer: StartPeer, gone: str, kept: str
+) -> None:
+    head = IPV4_HEAD.replace("external: 127.0.0.1", f"external: {gone}\nexternal: {kept}")
+    change_address("add", gone)
+    server, target = sockd(head + CLIENT_PASS + SOCKS_PASS, world=private_world), peer("echo", kept)
+    change_address("del", gone)
+    with Client(server.addresses[0]) as client:
+        reply = client.open5(CONNECT, "both.test", target.port)
+        assert (reply.code, reply.host) == (0, kept)
+        assert client.exchange(b"found") == b"found"
+    with Client(server.addresses[0]) as client:
+        assert client.open5(CONNECT, "fd00::6" if ":" in gone else "127.0.0.1", target.port).code == 1
+        wait_for_line(server, client.address, "tcp/connect ]:", "could not connect: Cannot assign requested")
+
+
+def test_shortage_ends_a_race_at_once() -> None:
+    """It is the same for all targets."""
+    asked = []
+
+    def open_for(target: program.Endpoint) -> socket.socket:
+        asked.append(target)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    targets = [program.Endpoint(host, 9, 4) for host in ("127.0.0.1", "127.0.0.2")]
+    with socket.socket() as client:
+        race = program.Race(targets, open_for, client.fileno(), time.monotonic() + 10)
+        with pytest.raises(OSError, match="Too many open files"):
+            race.run()
+    assert asked == targets[:1]
 
 
 def test_name_that_rebinds_stays_with_the_address_that_was_judged(
