@@ -12008,7 +12008,12 @@ class RoutedBindRequest(BindRequest):
             self.finish_above()
             return
         session.opened.append(way.connection)
-        bound = self.find_bound(way)
+        try:
+            bound = self.find_bound(way)
+        except OSError as error:  # it has answered, and reset at once
+            source = endpoint_of(way.connection.getsockname())
+            self.fail(decision.rule, source, f"serverchain failed: {error.strerror}", Reply.FAILURE)
+            return
         decision = session.decide(session.facts("bind", bound))
         if decision.verdict == "pass" and decision.rule is not session.request_rule:
             decision = session.count(decision)  # under the rule of the first decision it is counted already
@@ -12020,7 +12025,7 @@ class RoutedBindRequest(BindRequest):
         self.finish(decision.rule, path)
 
     def find_bound(self, way: Way) -> Endpoint:
-        """Return where the upstream listens: an unspecified address is the upstream's own (SOCKS 4)."""
+        """Return where the upstream listens; OSError.  An unspecified address is its own (SOCKS 4)."""
         last = way.path.steps[-1].upstream
         if way.bound.host not in IP_ANY:
             return way.bound
@@ -12355,6 +12360,10 @@ class Bounce:
             connection, target = Race(addresses, self.open, session.connection.fileno(), deadline).run()
         except (Refused, ConnectFailed, ConnectTimeout, PeerGone) as fault:
             session.record.blocked_at_accept(f"could not bounce to {self.target}: {fault}")
+            return
+        except OSError as error:
+            # No descriptor, no memory, an address of ours that has gone: not the client's fault.
+            session.record.blocked_at_accept(f"could not bounce to {self.target}: {error.strerror}")
             return
         session.opened.append(connection)
         session.record.connections.append(connection)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from client import BIND, CONNECT, UDP_ASSOCIATE, Client, UdpClient
 from conftest import Factory
-from more_peers import IPV4_HEAD, rule, wait_for_record
-from servers import Server, check_configuration, eventually, find_free_port
+from more_peers import IPV4_HEAD, change_address, rule, wait_for_record
+from servers import Server, World, check_configuration, eventually, find_free_port
 
 import sockd as program
 
@@ -266,6 +266,19 @@ def test_bounce_closes_the_client_when_the_target_refuses(sockd: Factory, peer: 
     with Client(server.addresses[0]) as client:
         client.expect_end_or_reset()
     wait_for_record(server, "block(1): tcp/accept ]: ", "could not bounce to", "Connection refused")
+
+
+def test_bounce_tells_of_an_outgoing_address_that_has_gone(sockd: Factory, private_world: World) -> None:
+    """The client has done nothing wrong."""
+    change_address("add", "192.0.2.9")
+    head = IPV4_HEAD.replace("external: 127.0.0.1", "external: 192.0.2.9")
+    server = sockd(head + bounce(9), world=private_world)
+    change_address("del", "192.0.2.9")
+    with Client(server.addresses[0]) as client:
+        client.expect_end_or_reset()
+    wait_for_record(
+        server, "block(1): tcp/accept ]: ", "could not bounce to 127.0.0.1.9: Cannot assign requested"
+    )
 
 
 # ------------------------------ the configuration ------------------------------

@@ -957,6 +957,29 @@ def test_bind_at_a_hostile_upstream_ends_in_an_error_reply(sockd: Factory, name:
             client.expect_end()
 
 
+def test_bind_at_an_upstream_that_resets_behind_its_answer_is_answered(sockd: Factory) -> None:
+    """Its own address, which the answer leaves to us to fill in, may be gone by then."""
+
+    def behave(connection: socket.socket, seen: Any) -> None:
+        for answer in (METHOD_NONE, b"\5\0\0\1\0\0\0\0\0\x50"):
+            connection.recv(999)
+            connection.sendall(answer)
+        hang_up_hard(connection, seen)
+
+    with contextlib.closing(TcpPeer(behave)) as proxy:
+        by_proxy = route(proxy.address, proxyprotocol="socks_v5", command="bind")
+        server = sockd(HEAD + PASS + by_proxy)
+        for _ in range(50):
+            with Client(server.addresses[0]) as client:
+                reply = client.open5(BIND, "0.0.0.0", 0)
+                if reply.code == 0:
+                    reply = client.read_reply5()
+                assert reply.code == 1
+                client.expect_end()
+                wait_for_line(server, client.address, "tcp/accept ]:")
+    assert not [m for m in server.messages if "local client error" in m]
+
+
 def test_bind_is_judged_before_an_upstream_is_asked(sockd: Factory) -> None:
     rules = rule("client pass", "from: 0/0 to: 0/0", LOG)
     rules += rule("socks pass", "from: 0/0 to: 0/0", "command: connect", LOG)
