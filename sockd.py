@@ -10504,7 +10504,10 @@ class Session:
         """Log the features of TCP that a new connection uses, if the configuration asks for them."""
         logs = self.error_logs(rule)
         if logs:
-            peer = endpoint_of(connection.getpeername())
+            try:
+                peer = endpoint_of(connection.getpeername())
+            except OSError:
+                return  # it has gone already
             log_features(self.serving.log, logs, side, peer, connection)
 
     def let_in(self, rule: Rule) -> None:
