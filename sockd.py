@@ -8644,6 +8644,7 @@ class TcpRelay:
         and the answer to that is a reset.  It is not waited for longer than for any half-closed session.
         """
         peer, idle = side.peer, self.timeouts.io_tcp or NO_DEADLINE
+        finished_at = min(self.finished_at, deadline_after(self.timeouts.tcp_fin_wait))
         side.may_splice = False
         state, active = (-1, -1), 0.0
         try:
@@ -8651,7 +8652,7 @@ class TcpRelay:
                 if (peer.sent, unsent_bytes(peer.connection)) != state:
                     state = peer.sent, unsent_bytes(peer.connection)
                     active = time.monotonic()
-                if time.monotonic() >= min(active + idle, self.finished_at):
+                if time.monotonic() >= min(active + idle, finished_at):
                     peer.reset()  # what it has is not to look like the whole
                     break
                 self._deliver_more(side)

@@ -514,3 +514,30 @@ def test_client_that_never_reads_what_a_closed_target_sent_is_not_waited_for(
         wait_for_line(server, address, "tcp/connect ]:")
         with pytest.raises(ConnectionResetError):  # not to be taken for the whole
             client.receive_all()
+
+
+def test_what_a_closed_client_sent_waits_as_long_as_a_half_closed_session(
+    sockd: Any, private_world: World
+) -> None:
+    server = sockd(f"timeout.tcp_fin_wait: 1\n{EVERYTHING}", world=private_world)
+    port, resume = Queue[int](), threading.Event()
+
+    def take(connection: socket.socket, seen: Seen) -> None:
+        say_to_nobody(connection, port.get())
+        resume.wait()
+        try:
+            while connection.recv(1 << 20):
+                pass
+        except ConnectionResetError:
+            seen.end = "RST"
+
+    with bulk_under_way(server, take) as (target, client):
+        client_port = client.address[1]
+        send_until_held(client)
+        client.close()
+        port.put(client_port)
+        try:
+            eventually(lambda: any("local client closed" in message for message in server.messages))
+        finally:
+            resume.set()
+        eventually(lambda: target.seen[0].end == "RST")
