@@ -420,7 +420,7 @@ def test_limits_need_no_memory_where_no_rule_has_any(tmp_path: Path) -> None:
 
 
 def test_limits_of_sources_are_bounded_and_fail_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "MOST_SOURCES", 64)
+    monkeypatch.setattr(program, "MOST_COUNTED", 64)
     counts, limited = make_counts("session.state.key: from", "session.state.max: 1")
     clients = [program.Endpoint(f"fd00::{n:x}", 1, 6) for n in range(65)]
     places = [counts.take(limited, client) for client in clients[:64]]
