@@ -97,6 +97,7 @@ class TcpPeer(Peer):
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
+        self._closing = False
         self.socket.listen(128)
         self._start(self._accept)
 
@@ -113,7 +114,8 @@ class TcpPeer(Peer):
                 return
             seen = Seen(remote[:2])
             with self._lock:
-                if len(self._open) >= MOST_CONNECTIONS:
+                # Who connects to the listener may believe to be served a moment before this.
+                if self._closing or len(self._open) >= MOST_CONNECTIONS:
                     connection.close()
                     continue
                 self._open.add(connection)
@@ -133,6 +135,7 @@ class TcpPeer(Peer):
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         with self._lock:
+            self._closing = True
             for connection in self._open:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
