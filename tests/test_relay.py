@@ -205,7 +205,7 @@ def test_half_close_in_bulk_passes_what_the_other_side_still_sends(server: Serve
         assert measure_idleness(server) < 0.05  # half-closed, and nobody says anything
         client.send(b"last words")
         client.finish_sending()
-        eventually(lambda: target.seen[0].end)
+        eventually(lambda: target.seen and target.seen[0].end)
         assert target.seen[0].data == b"last words"
 
 
@@ -548,4 +548,4 @@ def test_what_a_closed_client_sent_waits_as_long_as_a_half_closed_session(
             eventually(lambda: any("local client closed" in message for message in server.messages))
         finally:
             resume.set()
-        eventually(lambda: target.seen[0].end == "RST")
+        eventually(lambda: target.seen and target.seen[0].end == "RST")

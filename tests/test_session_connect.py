@@ -867,7 +867,7 @@ def test_target_may_finish_first_and_still_receive_much(server: Server, peer: St
         assert client.receive_all() == b"hello"
         client.send(upload)
         client.finish_sending()
-        eventually(lambda: target.seen[0].end)
+        eventually(lambda: target.seen and target.seen[0].end)
     assert target.seen[0].end == "fin"
     assert target.seen[0].data == upload
 
@@ -889,7 +889,7 @@ def test_reset_by_the_client_reaches_the_target_as_a_reset(server: Server, peer:
         client.open5(CONNECT, "127.0.0.1", target.port)
         client.exchange(b"before")
         client.reset()
-    eventually(lambda: target.seen[0].end)
+    eventually(lambda: target.seen and target.seen[0].end)
     assert str(target.seen[0]) == "6 bytes, reset"
 
 
@@ -987,7 +987,7 @@ def test_target_that_never_reads_does_not_keep_a_client_that_resets(server: Serv
             while True:
                 client.sock.send(bytes(1 << 20))
         client.reset()
-        eventually(lambda: target.seen[0].end)
+        eventually(lambda: target.seen and target.seen[0].end)
 
 
 def test_transfers_side_by_side_keep_every_byte(server: Server, peer: StartPeer) -> None:

@@ -460,7 +460,7 @@ def test_http_slow_client_holds_the_target_up_and_not_the_memory(server: Server)
     with target_that(behaviour) as target, HttpClient(server) as client:
         client.send(make_request(target))
         assert client.reader.read_head().status == 200
-        eventually(lambda: target.seen[0].end == "" and len(sent) > 0)
+        eventually(lambda: target.seen and target.seen[0].end == "" and len(sent) > 0)
         grown = read_memory_bytes(server.processes()) - before
         assert grown < 8 << 20
 

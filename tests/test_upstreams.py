@@ -300,7 +300,7 @@ def test_client_that_leaves_ends_the_wait_for_an_upstream(sockd: Factory) -> Non
         client.send(b"\5\1\0\1\xc0\0\2\x50\0\x50")
         eventually(lambda: proxy.seen and proxy.seen[0].data)
         client.reset()
-        eventually(lambda: proxy.seen[0].end)
+        eventually(lambda: proxy.seen and proxy.seen[0].end)
 
 
 def test_name_from_an_upstream_is_not_believed(sockd: Factory) -> None:
