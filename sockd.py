@@ -13735,10 +13735,16 @@ class Warden:
     def check(self, question: Question, body: Callable[[], bool], host: str) -> int:
         """Answer a question in a child; `host` is the client's address if it is about a password.
 
-        Return the child's pid, or 0 if there is none.
+        Return the child's pid, or 0 if there is none.  It holds the way of the answer and what it was shown,
+        and nothing else: all of them may read an enemy's bytes, and passwords come by our inbox.
         """
+
+        def answer_alone() -> bool:
+            keep_only({question.answer.fileno(), *question.passed})
+            return body()
+
         try:
-            pid = fork_verifier(body)
+            pid = fork_verifier(answer_alone)
             self.children[pid] = host
             return pid
         except OSError as error:
@@ -13761,7 +13767,6 @@ class Warden:
 
         Return whether it is not the client's fault if it was refused.
         """
-        keep_only({question.answer.fileno()})
         is_wrong = False
         try:
             fault = self.verify(question.fields)
@@ -13818,7 +13823,6 @@ class Warden:
     def accept(self, question: Question) -> bool:
         """Accept a token of GSS-API; in a child, which first takes the key table and gives its power up."""
         number, token = question.fields
-        keep_only({question.answer.fileno()})
         try:
             settings = {str(rule.number).encode(): rule.gssapi for rule in self.config.client_rules}[number]
             keytab = copy_keytab(settings.keytab)
@@ -13849,7 +13853,6 @@ class Warden:
 
     def initiate(self, question: Question) -> bool:
         """Establish a context of GSS-API with an upstream; in a child."""
-        keep_only({question.answer.fileno()})
         try:
             service = UpstreamService(*(field.decode(WIRE_TEXT) for field in question.fields))
             initiation, token = self.begin_context(service)
@@ -13863,7 +13866,6 @@ class Warden:
 
         The line of a rule is looked up here: no worker can have a command of its own run.
         """
-        keep_only({question.answer.fileno(), *question.passed})
         try:
             with socket.socket(fileno=question.passed[0]) as connection:
                 if connection.family not in AF_INET_FAMILY:
@@ -14211,7 +14213,13 @@ def read_config(options: Options) -> tuple[Config | None, tuple[Complaint, ...]]
 
 def has_ended(pid: str) -> bool:
     """Tell whether there is no process of that number; False where it is none."""
-    return pid.isdecimal() and not os.path.exists(f"/proc/{pid}") and os.path.exists("/proc/self")
+    try:
+        os.kill(int(pid), 0)  # not by /proc, which may hide those of others (hidepid)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        pass
+    return False
 
 
 class Pidfile:
